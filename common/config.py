@@ -1,0 +1,294 @@
+"""The settings of `quire serve`: their names, units, defaults and checks, in one place.
+
+A value comes from a flag, else the environment (QUIRE_MAX_MODEL_LEN for max_model_len), else the YAML file, else the
+default. `resolve_config` turns the three sources into one ServeConfig; `plan_model` checks it against the model's folder.
+"""
+
+import difflib
+import importlib.resources
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from quire.common.errors import ConfigError, NotSupported
+from quire.common.model_folder import BUILT_IN_MODEL_NAME, ModelFolder, read_model_folder
+
+ENV_PREFIX: Final = "QUIRE_"
+
+_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _setting(default: Any, help_text: str, *, choices: Sequence[str] | None = None, is_bytes: bool = False) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices, "is_bytes": is_bytes})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One entry of `models:`. None means: decided from the model and the device, and logged."""
+
+    model: str | None = _setting(None, "folder of the model; the built-in demo model when not given")
+    name: str | None = _setting(None, "name that requests use; the folder's name when not given")
+    device: str = _setting("auto", "where the ranks compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = _setting(
+        "auto",
+        "number format of weights and KV cache; auto: float32 on cpu, the checkpoint's on cuda",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    model_backend: str = _setting("auto", "how the model is run", choices=("auto", "native", "transformers"))
+    tensor_parallel_size: int = _setting(1, "ranks over which one copy of the model is split")
+    groups: int = _setting(1, "worker groups, each a copy of the model")
+    block_size: int = _setting(16, "tokens per KV block")
+    gpu_blocks: int | None = _setting(None, "KV blocks per group, exactly; instead of --kv-cache-memory")
+    kv_cache_memory: int | None = _setting(None, "bytes of KV cache per rank (2Gi, 500M, ...)", is_bytes=True)
+    swap_memory: int = _setting(0, "bytes of CPU memory per rank for preempted sequences", is_bytes=True)
+    preemption: str = _setting("auto", "what happens to preempted sequences", choices=("auto", "swap", "recompute"))
+    max_model_len: int | None = _setting(None, "most tokens of prompt and completion together; the model's own when not given")
+    max_sequences: int | None = _setting(None, "most sequences in a batch; 256 on cuda, 32 on cpu")
+    max_batched_tokens: int | None = _setting(None, "most tokens in a step; 8192 on cuda, 512 on cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Everything that `quire serve` needs to know."""
+
+    listen: str = _setting("127.0.0.1:50051", "address of the gRPC edge; port 0 takes a free one")
+    insecure: bool = _setting(False, "allow an address that other hosts reach without TLS and tokens")
+    max_waiting_requests: int = _setting(4096, "requests that may wait in the queue")
+    max_waiting_tokens: int = _setting(8_000_000, "prompt tokens that may wait in the queue")
+    request_timeout_s: float = _setting(600.0, "seconds that a request without a deadline may take")
+    drain_timeout_s: float = _setting(30.0, "seconds that running streams get to finish after SIGTERM")
+    start_timeout_s: float = _setting(600.0, "seconds until every group must be ready")
+    log_level: str = _setting("info", "how much is logged", choices=("debug", "info", "warning", "error"))
+    models: tuple[ModelConfig, ...] = (ModelConfig(),)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A ModelConfig with every `auto` and None decided, and the folder it was decided from."""
+
+    name: str
+    folder: ModelFolder
+    device: str
+    dtype: str
+    tensor_parallel_size: int
+    groups: int
+    block_size: int
+    num_gpu_blocks: int
+    num_cpu_blocks: int
+    preemption: str
+    max_model_len: int
+    max_sequences: int
+    max_batched_tokens: int
+
+    @property
+    def block_bytes(self) -> int:
+        """One block on one rank, in bytes."""
+        per_token = self.folder.kv_bytes_per_token(dtype=self.dtype, tensor_parallel_size=self.tensor_parallel_size)
+        return self.block_size * per_token
+
+
+def resolve_config(
+    flags: Mapping[str, Any], *, environ: Mapping[str, str] = os.environ, file: Mapping[str, Any] | None = None
+) -> ServeConfig:
+    """Merge the sources. `flags` holds only what was given on the command line, by setting name.
+
+    Raises:
+        ConfigError: an unknown setting or a value of the wrong kind; the message names the source, the setting and what it takes.
+    """
+    file = dict(file or {})
+    entries = file.pop("models", [{}])
+    if not isinstance(entries, list) or len(entries) != 1 or not isinstance(entries[0], dict):
+        raise ConfigError("the config file's `models:` must be a list of one mapping; this version serves one model")
+    serve_values = _merge(ServeConfig, flags, environ, file, where="the config file")
+    model_values = _merge(ModelConfig, flags, environ, entries[0], where="the config file's `models:` entry")
+    config = ServeConfig(**serve_values, models=(ModelConfig(**model_values),))
+    _check_ranges(config)
+    return config
+
+
+def plan_model(config: ModelConfig) -> ModelPlan:
+    """Decide everything that `config` leaves open, from the model's folder.
+
+    Raises:
+        ConfigError: the settings and the model do not fit; the message holds both numbers.
+        NotSupported: a setting whose feature this version does not have, by name.
+    """
+    folder = read_model_folder(_model_path(config.model))
+    tensor_parallel_size = config.tensor_parallel_size
+    if folder.num_heads % tensor_parallel_size:
+        divisors = [n for n in range(1, folder.num_heads + 1) if folder.num_heads % n == 0 and n <= 64]
+        listed = ", ".join(map(str, divisors[:-1])) + (" or " if divisors[:-1] else "") + str(divisors[-1])
+        raise ConfigError(f"{folder.num_heads} query heads cannot be split over {tensor_parallel_size} ranks; use {listed}")
+    max_model_len = config.max_model_len or folder.max_positions
+    if max_model_len > folder.max_positions:
+        raise ConfigError(f"max_model_len {max_model_len} is more than the {folder.max_positions} positions of the model; use at most that")
+    _refuse_later_features(config)
+    device = "cpu" if config.device == "auto" else config.device
+    dtype = ("float32" if device == "cpu" else folder.dtype) if config.dtype == "auto" else config.dtype
+    max_sequences = config.max_sequences or (32 if device == "cpu" else 256)
+    block_bytes = config.block_size * folder.kv_bytes_per_token(dtype=dtype, tensor_parallel_size=tensor_parallel_size)
+    return ModelPlan(
+        name=config.name or (folder.path.name if config.model else BUILT_IN_MODEL_NAME),
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        groups=config.groups,
+        block_size=config.block_size,
+        num_gpu_blocks=_num_gpu_blocks(config, block_bytes=block_bytes, max_model_len=max_model_len, max_sequences=max_sequences),
+        num_cpu_blocks=config.swap_memory // block_bytes,
+        preemption=config.preemption,
+        max_model_len=max_model_len,
+        max_sequences=max_sequences,
+        max_batched_tokens=config.max_batched_tokens or (512 if device == "cpu" else 8192),
+    )
+
+
+def setting_type(cls: type, name: str) -> tuple[type, bool]:
+    """The plain type of a setting and whether it may be None."""
+    annotation = typing.get_type_hints(cls)[name]
+    if isinstance(annotation, types.UnionType):
+        return next(part for part in annotation.__args__ if part is not type(None)), True
+    return annotation, False
+
+
+def parse_setting(cls: type, name: str, value: Any, *, where: str) -> Any:
+    """A setting's value from text or from YAML.
+
+    Raises:
+        ConfigError: it is not of the setting's kind.
+    """
+    meta = next(f.metadata for f in fields(cls) if f.name == name)
+    kind, optional = setting_type(cls, name)
+    if value is None and optional:
+        return None
+    try:
+        if meta["is_bytes"]:
+            return parse_bytes(value)
+        if kind is bool:
+            return _parse_bool(value)
+        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+            raise ValueError(value)
+        parsed = kind(value)
+    except (TypeError, ValueError):
+        takes = "bytes, such as 2Gi or 500M" if meta["is_bytes"] else {int: "a whole number", float: "a number", bool: "true or false"}
+        what = takes if isinstance(takes, str) else takes.get(kind, "text")
+        raise ConfigError(f"{where}: {name} is {value!r}; it takes {what}") from None
+    if meta["choices"] and parsed not in meta["choices"]:
+        raise ConfigError(f"{where}: {name} is {value!r}; it takes {', '.join(meta['choices'])}")
+    return parsed
+
+
+def parse_bytes(value: Any) -> int:
+    """'2Gi' -> 2147483648, '500M' -> 500000000, 4096 -> 4096.
+
+    Raises:
+        ValueError: it is neither a whole number nor one with a known unit.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = str(value).strip().lower().removesuffix("b")
+    digits = text.rstrip("kmgti")
+    return int(float(digits) * _UNITS[text[len(digits) :]]) if text[len(digits) :] in _UNITS else int(text)
+
+
+def _parse_bool(value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    if str(value).lower() not in words:
+        raise ValueError(value)
+    return words[str(value).lower()]
+
+
+def config_as_dict(config: ServeConfig) -> dict[str, Any]:
+    """The config as a YAML file would hold it."""
+    values = asdict(config)
+    values["models"] = [dict(entry) for entry in values["models"]]
+    return values
+
+
+def _merge(cls: type, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    names = [f.name for f in fields(cls) if f.name != "models"]
+    for key in file:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            raise ConfigError(f"{where} has a setting {key!r} that does not exist" + (f"; did you mean {close[0]!r}?" if close else ""))
+    values: dict[str, Any] = {}
+    for name in names:
+        env_name = ENV_PREFIX + name.upper()
+        if name in flags:
+            values[name] = parse_setting(cls, name, flags[name], where=f"--{name.replace('_', '-')}")
+        elif env_name in environ:
+            values[name] = parse_setting(cls, name, environ[env_name], where=env_name)
+        elif name in file:
+            values[name] = parse_setting(cls, name, file[name], where=where)
+    return values
+
+
+def _check_ranges(config: ServeConfig) -> None:
+    model = config.models[0]
+    at_least_one = {
+        "tensor_parallel_size": model.tensor_parallel_size,
+        "groups": model.groups,
+        "gpu_blocks": model.gpu_blocks,
+        "kv_cache_memory": model.kv_cache_memory,
+        "max_model_len": model.max_model_len,
+        "max_sequences": model.max_sequences,
+        "max_batched_tokens": model.max_batched_tokens,
+        "max_waiting_requests": config.max_waiting_requests,
+        "max_waiting_tokens": config.max_waiting_tokens,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if model.block_size < 1 or model.block_size & (model.block_size - 1):
+        raise ConfigError(f"block_size is {model.block_size}; it must be a power of two, such as 16")
+    if model.gpu_blocks is not None and model.kv_cache_memory is not None:
+        raise ConfigError(f"gpu_blocks {model.gpu_blocks} and kv_cache_memory {model.kv_cache_memory} say the same thing twice; give one")
+    if model.swap_memory < 0:
+        raise ConfigError(f"swap_memory is {model.swap_memory}; it must be 0 or more")
+    for name, seconds in (
+        ("request_timeout_s", config.request_timeout_s),
+        ("drain_timeout_s", config.drain_timeout_s),
+        ("start_timeout_s", config.start_timeout_s),
+    ):
+        if not 0 < seconds < 1e6:
+            raise ConfigError(f"{name} is {seconds}; it must be above 0 and below 1000000")
+
+
+def _refuse_later_features(config: ModelConfig) -> None:
+    later = {
+        "device": config.device == "cuda",
+        "model_backend": config.model_backend == "native",
+        "tensor_parallel_size": config.tensor_parallel_size > 1,
+        "groups": config.groups > 1,
+        "swap_memory": config.swap_memory > 0,
+        "preemption": config.preemption != "auto",
+    }
+    defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
+    for name, asked in later.items():
+        if asked:
+            raise NotSupported(
+                f"{name} = {getattr(config, name)} is not supported yet; leave it at {defaults[name]}", reason="SETTING_NOT_SUPPORTED"
+            )
+
+
+def _model_path(model: str | None) -> Path:
+    if model is not None:
+        return Path(model).expanduser().absolute()
+    return Path(str(importlib.resources.files("quire.demo_model") / "config.json")).parent
+
+
+def _num_gpu_blocks(config: ModelConfig, *, block_bytes: int, max_model_len: int, max_sequences: int) -> int:
+    """Blocks of a group's pool. On CPU, unless told: room for max_sequences of full length, but at most 1 GiB and at least one."""
+    if config.gpu_blocks is not None:
+        return config.gpu_blocks
+    if config.kv_cache_memory is not None:
+        if config.kv_cache_memory < block_bytes:
+            raise ConfigError(f"kv_cache_memory {config.kv_cache_memory} holds no block; one takes {block_bytes} bytes")
+        return config.kv_cache_memory // block_bytes
+    per_sequence = -(-max_model_len // config.block_size)
+    return max(per_sequence, min(max_sequences * per_sequence, 2**30 // block_bytes))

@@ -1,0 +1,477 @@
+"""Every message inside the cluster (docs/DESIGN.md §8), msgpack arrays over ZeroMQ.
+
+Three links, each a tagged union:
+
+    session   gateway   <-> scheduler     Hello, Submit, Finish, Cancel       down
+                                          Welcome, Accepted, Rejected, Tokens, Finished, Failed   up
+    steps     scheduler <-> ranks         StepPlan                            down
+                                          RankHello, StepResult, StepAck      up
+    control   controller <-> scheduler    AttachGroup, DetachGroup, DrainGroup, StatusRequest     down
+                                          GroupReady, GroupLost, GroupDrained, Status             up
+
+Spans are durations in seconds, never instants: hosts' clocks differ. Messages of many items travel as columns.
+New fields go at the end, with a default, so that neighbours of two versions understand each other; anything else raises
+PROTOCOL_VERSION, which the first message of each link carries.
+"""
+
+import enum
+from typing import Final
+
+import msgspec
+
+PROTOCOL_VERSION: Final = 1
+
+# How KV blocks lie in a rank's memory; ranks of one group must agree because swap and transfer move whole blocks.
+LAYOUT_VERSION: Final = 1
+
+
+class _Message(msgspec.Struct, array_like=True, tag=True, frozen=True, gc=False):
+    """Encoded as [type name, field, field, ...]."""
+
+
+class _Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A piece of a message, encoded as [field, field, ...]."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What both planes share
+
+
+class EndReason(enum.IntEnum):
+    """Why a sequence finished."""
+
+    STOP = 1  # an end token or a stop token was drawn, or the gateway found a stop string
+    LENGTH = 2  # max_tokens, or the model's length
+
+
+class DrawPurpose(enum.IntEnum):
+    """Which draw of a position this is: target and draft models must not share noise."""
+
+    TARGET = 0
+    DRAFT = 1
+
+
+class SamplingState(_Part, frozen=True):
+    """How a row's next token is chosen; everything resolved, nothing defaulted on the rank.
+
+    Order: bias and allowed/bad ids, penalties, temperature, top_k, top_p, min_p, then Gumbel-max with Philox noise keyed
+    by (seed; token id >> 2, position, sequence_index, purpose).
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # unsigned, 64 bits
+    sequence_index: int = 0
+    min_tokens: int = 0  # stop_ids cannot be drawn before this many tokens are generated
+    stop_ids: tuple[int, ...] = ()  # end and stop tokens; the scheduler ends the sequence, the rank only needs them for min_tokens
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed_ids: tuple[int, ...] | None = None
+    bad_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    beam_candidates: int = 0
+    grammar_id: int | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# steps: scheduler <-> ranks
+
+
+class RankHello(_Message, frozen=True):
+    """First message of a rank: who it is and what it can hold and do."""
+
+    version: int
+    group_id: str
+    term: int
+    rank: int
+    num_gpu_blocks: int
+    num_cpu_blocks: int
+    block_bytes: int  # one block on this rank, all layers, keys and values
+    h2d_bytes_per_s: float  # 0.0 when not measured
+    d2h_bytes_per_s: float
+    prefill_tokens_per_s: tuple[tuple[int, float], ...]  # (prompt length, speed), ascending; empty when not measured
+    max_rows: int
+    model_fingerprint: str
+    layout_version: int
+    device: str = ""
+    host: str = ""
+    pid: int = 0
+
+
+class RowAdd(_Part, frozen=True):
+    """A sequence enters the ranks' batch at `row`, which is free.
+
+    token_ids are the prompt and, after a preemption, the tokens generated before; keys and values of
+    [0, num_computed) are already in block_ids. The row computes only what the plan's chunks say until its last chunk.
+    """
+
+    row: int
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    num_computed: int
+    block_ids: tuple[int, ...]
+    adapter_id: int
+    sampling: SamplingState
+
+
+class Chunk(_Part, frozen=True):
+    """Prefill of tokens [start, start + count) of a row. After the chunk with is_last the row is sampled."""
+
+    row: int
+    start: int
+    count: int
+    is_last: bool
+
+
+class StepPlan(_Message, frozen=True):
+    """One forward pass of a group, as differences to the one before. Every rank gets the same plan.
+
+    A rank performs, in this order: remove_rows, add_rows, grow, forks, cow copies, wait_copies, swap_in, the forward pass
+    over `chunks` and then over the sticky rows by ascending row, sampling, and after the forward swap_out.
+
+    Sticky rows: a row that has been sampled once decodes one token in every following plan until it is removed or held.
+    The token that it decodes is the one sampled last, at position len(tokens) - 1; its slot is in the row's block table.
+
+    samples: (source, row): the logits of `source`'s last token are sampled into `row`. A last chunk's row names itself
+             here; with n > 1 one source feeds several rows, which `forks` gave its state.
+    hold_rows: a row >= 0 stops decoding until ~row (its bitwise complement, negative) releases it.
+    """
+
+    term: int
+    step_id: int  # dense within a term, from 0
+    add_rows: tuple[RowAdd, ...] = ()
+    remove_rows: tuple[int, ...] = ()
+    forks: tuple[tuple[int, int], ...] = ()  # (source row, new row): copies tokens, block table and computed length
+    grow_rows: tuple[int, ...] = ()  # with grow_block_ids: append this block to this row's block table
+    grow_block_ids: tuple[int, ...] = ()
+    cow: tuple[tuple[int, int], ...] = ()  # (source block, target block)
+    swap_out: tuple[tuple[int, int, int], ...] = ()  # (copy_id, gpu block, cpu block)
+    swap_in: tuple[tuple[int, int, int], ...] = ()
+    wait_copies: tuple[int, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    samples: tuple[tuple[int, int], ...] = ()
+    hold_rows: tuple[int, ...] = ()
+    draft_rows: tuple[int, ...] = ()  # with draft_ids: tokens to verify behind the row's last token
+    draft_ids: tuple[tuple[int, ...], ...] = ()
+    debug_checksum: bool = False
+
+
+class RowErrorCode(enum.IntEnum):
+    """Why one sample of a step failed while the others went on."""
+
+    NOT_FINITE = 1  # the row's logits hold NaN or no finite value
+    NO_ALLOWED_TOKEN = 2  # every token is forbidden
+    GRAMMAR = 3
+
+
+class StepResult(_Message, frozen=True):
+    """What a step sampled, from rank 0, in the plan's order: first `samples` as listed, then sticky rows by ascending row.
+
+    Rows are reused while results are in flight, so results never name them; the scheduler keeps the plan.
+    """
+
+    term: int
+    step_id: int
+    counts: tuple[int, ...] = ()  # tokens per sample: 1, 0 after a row error, more with drafts
+    token_ids: tuple[int, ...] = ()  # flat, `counts` of them per sample
+    logprobs: tuple[float, ...] = ()
+    top_ids: tuple[tuple[int, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
+    prompt_logprobs: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    beam_candidates: tuple[tuple[tuple[int, float], ...], ...] = ()
+    row_errors: tuple[tuple[int, int], ...] = ()  # (index of the sample, RowErrorCode)
+    device_s: float = 0.0
+    host_s: float = 0.0
+
+
+class StepAck(_Message, frozen=True):
+    """A rank has done a step."""
+
+    term: int
+    step_id: int
+    rank: int
+    copies_done: tuple[int, ...] = ()
+    error: str = ""  # not empty: the rank cannot go on and exits
+    checksum: int = 0
+    gauges: dict[str, float] = {}
+
+
+RankUp = RankHello | StepResult | StepAck
+RankDown = StepPlan
+
+# ---------------------------------------------------------------------------------------------------------------------
+# session: gateway <-> scheduler
+
+
+class Hello(_Message, frozen=True):
+    """First message of a gateway."""
+
+    version: int
+    gateway_id: str
+
+
+class SequenceStart(_Part, frozen=True):
+    """One sequence of a request, with the tokens that an earlier attempt already delivered."""
+
+    index: int
+    resumed_ids: tuple[int, ...] = ()
+    cumulative_logprob: float = 0.0
+
+
+class BeamSearch(_Part, frozen=True):
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: int = 1
+
+
+class Submit(_Message, frozen=True):
+    """A validated request. (request_id, attempt) names it; a higher attempt of the same id supersedes the lower one."""
+
+    request_id: str
+    attempt: int
+    tenant: str
+    priority: int  # 1 low, 2 normal, 3 high
+    model: str
+    adapter: str
+    prompt_ids: tuple[int, ...]
+    block_hashes: tuple[bytes, ...]  # of the prompt's full blocks (common/hashing.py), by the block size of Welcome
+    cache_root: bytes
+    sequences: tuple[SequenceStart, ...]
+    n: int
+    sampling: SamplingState
+    max_tokens: int
+    time_left_s: float
+    age_s: float  # time since arrival at the gateway
+    beam: BeamSearch | None = None
+    trace: str = ""
+
+
+class Finish(_Message, frozen=True):
+    """The gateway found the end of a sequence (a stop string) after kept_tokens of its completion's tokens."""
+
+    request_id: str
+    attempt: int
+    sequence: int
+    kept_tokens: int
+
+
+class Cancel(_Message, frozen=True):
+    """Ends a request, or one sequence of it. Unknown ones are ignored: the end may have crossed this on the wire."""
+
+    request_id: str
+    attempt: int
+    sequence: int | None
+    reason: str
+
+
+class ModelLimits(_Part, frozen=True):
+    """What a gateway must know of a model to prepare requests for it."""
+
+    model: str
+    block_size: int
+    max_request_tokens: int  # prompt + completion that the pool and the model's length allow; 0 while no group is ready
+
+
+class Welcome(_Message, frozen=True):
+    """Answer to Hello, and again whenever the limits change."""
+
+    version: int
+    scheduler_id: str  # a new one after a restart: everything submitted before is lost
+    models: tuple[ModelLimits, ...]
+
+
+class Accepted(_Message, frozen=True):
+    """The request waits or runs. `handle` is its short name in Tokens, Finished and Failed."""
+
+    request_id: str
+    attempt: int
+    handle: int
+
+
+class Rejected(_Message, frozen=True):
+    """The request was not taken."""
+
+    request_id: str
+    attempt: int
+    code: int  # errors.StatusCode
+    reason: str
+    message: str
+    numbers: dict[str, str] = {}
+    retry_after_s: float | None = None
+
+
+class Tokens(_Message, frozen=True):
+    """New tokens of one step for one gateway, as columns.
+
+    first_offsets count from the first token of the completion, resumed tokens included, so that duplicates and gaps show.
+    """
+
+    handles: tuple[int, ...]
+    sequences: tuple[int, ...]
+    first_offsets: tuple[int, ...]
+    counts: tuple[int, ...]
+    token_ids: tuple[int, ...]  # flat
+    logprobs: tuple[float, ...] = ()
+    top_ids: tuple[tuple[int, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
+
+
+class UsageCounts(_Part, frozen=True):
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int  # over all sequences that ended so far
+
+
+class Spans(_Part, frozen=True):
+    """Where a request's time went, in seconds, seen by the scheduler."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    preempted_s: float
+
+
+class Finished(_Message, frozen=True):
+    """A sequence ended well; all its tokens were sent before. With is_last the request has ended."""
+
+    handle: int
+    sequence: int
+    reason: EndReason
+    stop_id: int | None
+    is_last: bool
+    usage: UsageCounts
+    spans: Spans
+    num_preemptions: int = 0
+
+
+class Failed(_Message, frozen=True):
+    """The request ended without success: expired, cancelled by an operator, or failed."""
+
+    handle: int
+    code: int  # errors.StatusCode
+    reason: str
+    message: str
+    retryable: bool
+    numbers: dict[str, str] = {}
+    retry_after_s: float | None = None
+
+
+SessionDown = Hello | Submit | Finish | Cancel
+SessionUp = Welcome | Accepted | Rejected | Tokens | Finished | Failed
+
+# ---------------------------------------------------------------------------------------------------------------------
+# control: controller <-> scheduler
+
+
+class AttachGroup(_Message, frozen=True):
+    """The scheduler may plan for this group under this term, once all its ranks have said hello."""
+
+    version: int
+    group_id: str
+    term: int
+    model: str
+    tensor_parallel_size: int
+    block_size: int
+    max_model_len: int
+    max_sequences: int
+    max_batched_tokens: int
+
+
+class DetachGroup(_Message, frozen=True):
+    """The group's term is over; its ranks are dead or dying."""
+
+    group_id: str
+    term: int
+    reason: str
+
+
+class DrainGroup(_Message, frozen=True):
+    """Finish what the group runs, give it nothing new."""
+
+    group_id: str
+
+
+class StatusRequest(_Message, frozen=True):
+    """Asks for a Status with the same query_id."""
+
+    query_id: int
+
+
+class GroupReady(_Message, frozen=True):
+    """All ranks of the group said hello; it is offered work."""
+
+    group_id: str
+    term: int
+    num_gpu_blocks: int
+    num_cpu_blocks: int
+    block_bytes: int
+    max_request_tokens: int
+    ranks: tuple[tuple[int, str, str, int], ...]  # (rank, device, host, pid)
+
+
+class GroupLost(_Message, frozen=True):
+    """The group cannot go on in this term: a rank failed, was late, or disagreed."""
+
+    group_id: str
+    term: int
+    reason: str
+
+
+class GroupDrained(_Message, frozen=True):
+    """A draining group has nothing left."""
+
+    group_id: str
+    term: int
+
+
+class PoolStatus(_Part, frozen=True):
+    total: int
+    free: int
+    cached: int
+    held: int
+    shared: int
+
+
+class GroupStatus(_Part, frozen=True):
+    group_id: str
+    term: int
+    num_running: int
+    num_preempted: int
+    step_count: int
+    gpu: PoolStatus
+    cpu: PoolStatus
+    gpu_ref_counts: bytes  # one byte per block, 255 for more
+
+
+class QueueStatus(_Part, frozen=True):
+    num_waiting: int
+    num_waiting_tokens: int
+    max_waiting: int
+    max_waiting_tokens: int
+    oldest_wait_s: float
+    num_running: int
+
+
+class Status(_Message, frozen=True):
+    """Answer to StatusRequest."""
+
+    query_id: int
+    groups: tuple[GroupStatus, ...]
+    queue: QueueStatus
+
+
+ControlDown = AttachGroup | DetachGroup | DrainGroup | StatusRequest
+ControlUp = GroupReady | GroupLost | GroupDrained | Status
+
+encode = msgspec.msgpack.Encoder().encode
+decode_rank_up = msgspec.msgpack.Decoder(RankUp).decode
+decode_rank_down = msgspec.msgpack.Decoder(RankDown).decode
+decode_session_up = msgspec.msgpack.Decoder(SessionUp).decode
+decode_session_down = msgspec.msgpack.Decoder(SessionDown).decode
+decode_control_up = msgspec.msgpack.Decoder(ControlUp).decode
+decode_control_down = msgspec.msgpack.Decoder(ControlDown).decode

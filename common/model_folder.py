@@ -1,0 +1,131 @@
+"""What a folder with a model says about itself, read from its JSON files alone: no torch, no transformers."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from quire.common.errors import ConfigError
+
+BUILT_IN_MODEL_NAME: Final = "quire-tales"
+
+# Files that a gateway needs to prepare prompts; the first must be there.
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+# Families spell the same size differently; the first name that is there counts.
+_SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
+}
+_DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model on disk. Sizes are the whole model's, before it is split over ranks."""
+
+    path: Path
+    model_type: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int  # rows of the embedding: prompts may hold ids below this
+    max_positions: int
+    dtype: str  # of the checkpoint: float32, bfloat16 or float16
+    eos_token_ids: tuple[int, ...]
+    generation: Mapping[str, Any]  # generation_config.json, {} without one
+    fingerprint: str  # of config and weights' index; equal on all ranks of a group
+
+    def kv_bytes_per_token(self, *, dtype: str, tensor_parallel_size: int) -> int:
+        """Keys and values of one token on one rank, all layers, in bytes. KV heads are replicated when fewer than ranks."""
+        heads_per_rank = max(1, self.num_kv_heads // tensor_parallel_size)
+        return 2 * self.num_layers * heads_per_rank * self.head_dim * _DTYPE_BYTES[dtype]
+
+
+def read_model_folder(path: Path) -> ModelFolder:
+    """Read and check a model's JSON files.
+
+    Raises:
+        ConfigError: a file is missing or is not what it should be; the message says which and what to do.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder; name a folder with config.json, tokenizer.json and *.safetensors")
+    config = _read_json(path / "config.json")
+    if not (path / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{path} has no tokenizer.json; make one with: python -c "
+            f"\"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{path}').save_pretrained('{path}')\"",
+            reason="NO_TOKENIZER_JSON",
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{path} has no *.safetensors; other formats can run code when loaded and are not read; convert it with: python -c "
+            f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}')\"",
+            reason="NO_SAFETENSORS",
+        )
+    text = config.get("text_config", config)  # multi-modal families keep the decoder's sizes one level down
+    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    num_heads = _size(text, "num_heads", path)
+    hidden_size = _size(text, "hidden_size", path)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return ModelFolder(
+        path=path,
+        model_type=str(config.get("model_type", "unknown")),
+        num_layers=_size(text, "num_layers", path),
+        num_heads=num_heads,
+        num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
+        head_dim=int(text.get("head_dim") or hidden_size // num_heads),
+        hidden_size=hidden_size,
+        vocab_size=int(text["vocab_size"]) if "vocab_size" in text else _missing("vocab_size", path),
+        max_positions=_size(text, "max_positions", path),
+        dtype=dtype if dtype in _DTYPE_BYTES else "float32",
+        eos_token_ids=_token_ids(generation.get("eos_token_id", text.get("eos_token_id"))),
+        generation=generation,
+        fingerprint=_fingerprint(path),
+    )
+
+
+def _size(config: Mapping[str, Any], name: str, path: Path) -> int:
+    for spelling in _SPELLINGS[name]:
+        if config.get(spelling) is not None:
+            size = int(config[spelling])
+            if size < 1:
+                raise ConfigError(f"{path}/config.json says {spelling} = {size}; it must be at least 1")
+            return size
+    return _missing(" or ".join(_SPELLINGS[name]), path)
+
+
+def _missing(what: str, path: Path) -> int:
+    raise ConfigError(f"{path}/config.json does not say {what}; is this a decoder-only language model?")
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (int(value),)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent} has no {path.name}; name the folder of a model as transformers saves it") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _fingerprint(path: Path) -> str:
+    """Hash of config.json and of each weight file's name and size: cheap, and different for models that differ in shape."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
