@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
@@ -22,8 +23,8 @@ PARENT_POLL_S: Final = 1.0
 STOP_TIMEOUT_S: Final = 10.0
 
 
-def start_child(module: str, spec: Mapping[str, Any], *, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Run `python -m module` with `spec` as its specification; output goes where the parent's goes.
+def start_child(module: str, spec: Mapping[str, Any], *, log_path: Path | None = None) -> subprocess.Popen[bytes]:
+    """Run `python -m module` with `spec` as its specification. Its output is appended to `log_path`, else goes where ours goes.
 
     The specification travels through the child's standard input, so nothing of it shows in process lists. The child starts
     in / and with Python's safe path (-P): a folder of the caller's named `kernels` or `proto` must not be importable there.
@@ -31,13 +32,17 @@ def start_child(module: str, spec: Mapping[str, Any], *, env: Mapping[str, str] 
     Call this from a thread that lives as long as the process, the main one: Linux takes the end of the thread that started
     a child for the end of its parent.
     """
+    output = None if log_path is None else log_path.open("ab")
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", module],
         stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         cwd="/",
-        env={**os.environ, **(env or {})},
         start_new_session=True,  # a Ctrl-C at the terminal reaches `quire serve` alone, which then stops the others in order
     )
+    if output is not None:
+        output.close()
     assert child.stdin is not None
     with child.stdin as pipe, contextlib.suppress(BrokenPipeError):  # it died at once: the caller sees its exit code
         pipe.write(json.dumps({"parent_pid": os.getpid(), "spec": dict(spec)}).encode())

@@ -49,6 +49,7 @@ class ModelConfig:
     max_model_len: int | None = _setting(None, "most tokens of prompt and completion together; the model's own when not given")
     max_sequences: int | None = _setting(None, "most sequences in a batch; 256 on cuda, 32 on cpu")
     max_batched_tokens: int | None = _setting(None, "most tokens in a step; 8192 on cuda, 512 on cpu")
+    num_threads: int | None = _setting(None, "threads that a rank computes with on cpu; the machine's cores shared out when not given")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class ModelPlan:
     max_model_len: int
     max_sequences: int
     max_batched_tokens: int
+    num_threads: int
 
     @property
     def block_bytes(self) -> int:
@@ -129,7 +131,13 @@ def plan_model(config: ModelConfig) -> ModelPlan:
     _refuse_later_features(config)
     device = "cpu" if config.device == "auto" else config.device
     dtype = ("float32" if device == "cpu" else folder.dtype) if config.dtype == "auto" else config.dtype
-    max_sequences = config.max_sequences or (32 if device == "cpu" else 256)
+    max_batched_tokens = config.max_batched_tokens or (512 if device == "cpu" else 8192)
+    max_sequences = config.max_sequences or min(32 if device == "cpu" else 256, max_batched_tokens)
+    if max_sequences > max_batched_tokens:
+        raise ConfigError(
+            f"max_sequences {max_sequences} is more than max_batched_tokens {max_batched_tokens}: a step computes at least one token "
+            "of each; raise max_batched_tokens or lower max_sequences"
+        )
     block_bytes = config.block_size * folder.kv_bytes_per_token(dtype=dtype, tensor_parallel_size=tensor_parallel_size)
     return ModelPlan(
         name=config.name or (folder.path.name if config.model else BUILT_IN_MODEL_NAME),
@@ -144,7 +152,8 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         preemption=config.preemption,
         max_model_len=max_model_len,
         max_sequences=max_sequences,
-        max_batched_tokens=config.max_batched_tokens or (512 if device == "cpu" else 8192),
+        max_batched_tokens=max_batched_tokens,
+        num_threads=config.num_threads or max(1, (os.cpu_count() or 1) // (config.groups * tensor_parallel_size)),
     )
 
 
@@ -238,6 +247,7 @@ def _check_ranges(config: ServeConfig) -> None:
         "max_model_len": model.max_model_len,
         "max_sequences": model.max_sequences,
         "max_batched_tokens": model.max_batched_tokens,
+        "num_threads": model.num_threads,
         "max_waiting_requests": config.max_waiting_requests,
         "max_waiting_tokens": config.max_waiting_tokens,
     }

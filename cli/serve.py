@@ -1,0 +1,107 @@
+"""`quire serve`: a cluster on this machine, in the foreground."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quire.cluster.controller.ray_environment import prepare_local_ray
+from quire.common.config import ModelConfig, ServeConfig, config_as_dict, plan_model, resolve_config, setting_type
+from quire.common.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serve a model over gRPC. Every setting below is also an environment variable (QUIRE_MAX_MODEL_LEN for --max-model-len) "
+        "and a key of the config file; flags go before the environment, the environment before the file."
+    )
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="folder of the model; the built-in demo model when not given")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings; those of the model under `models:`, a list of one")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as resolved, as YAML, and exit")
+    parser.add_argument("--ready-file", metavar="FILE", help="write the address here, as JSON, once the cluster serves")
+    for cls in (ServeConfig, ModelConfig):
+        group = parser.add_argument_group("model" if cls is ModelConfig else "server")
+        for setting in fields(cls):
+            if setting.name not in ("model", "models"):
+                _add_setting(group, cls, setting.name, setting.default, setting.metadata)
+
+
+def run(args: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(args).items() if name in _SETTING_NAMES}
+    config = resolve_config(flags, file=_read_config_file(args.config))
+    if args.print_config:
+        yaml.safe_dump(config_as_dict(config), sys.stdout, sort_keys=False)
+        return 0
+    plan = plan_model(config.models[0])
+    stop_signals: list[int] = []
+    started_s = time.monotonic()
+    print(
+        f"starting {plan.name} ({plan.folder.model_type}, {plan.dtype}, {plan.device}; {plan.num_gpu_blocks} blocks of "
+        f"{plan.block_size} tokens, {plan.num_gpu_blocks * plan.block_bytes / 2**20:.0f} MiB of KV cache per rank)",
+        flush=True,
+    )
+    prepare_local_ray()
+    from quire.cluster.controller.local_cluster import LocalCluster  # not before: it imports ray
+
+    with LocalCluster(config, plan) as cluster:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: stop_signals.append(number))
+        address = cluster.start(is_cancelled=lambda: bool(stop_signals))
+        if address:
+            # Ray sets handlers of its own while it starts.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, _: stop_signals.append(number))
+            if args.ready_file:
+                _write_atomically(Path(args.ready_file), json.dumps({"address": address}))
+            print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
+            print(f'try:   quire generate --address {address} "Once upon a time"', flush=True)
+            cluster.run(is_cancelled=lambda: bool(stop_signals))
+        print("stopping", flush=True)
+    return 0
+
+
+_SETTING_NAMES = {setting.name for cls in (ServeConfig, ModelConfig) for setting in fields(cls)} - {"models"}
+
+
+def _add_setting(group: Any, cls: type, name: str, default: Any, metadata: Any) -> None:
+    """A flag for one setting. Its value stays text: `resolve_config` reads flags, environment and file by the same rules."""
+    flag = f"--{name.replace('_', '-')}"
+    shown = "" if default is None else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+    kind, _ = setting_type(cls, name)
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=metadata["help"] + shown)
+        return
+    metavar = (
+        "|".join(metadata["choices"]) if metadata["choices"] else "BYTES" if metadata["is_bytes"] else {int: "N", float: "S"}.get(kind)
+    )
+    group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=metadata["help"] + shown)
+
+
+def _read_config_file(path: str | None) -> dict[str, Any]:
+    path = path or os.environ.get("QUIRE_CONFIG")
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the config file {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"the config file {path} must hold a mapping of settings")
+    return values
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)

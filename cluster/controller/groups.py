@@ -1,0 +1,141 @@
+"""The life of worker groups, as state: what each is, what may follow, and what the controller must then do."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+
+class GroupState(enum.Enum):
+    STARTING = "starting"  # its ranks load the model
+    READY = "ready"  # it serves
+    DRAINING = "draining"  # it finishes what it runs and gets nothing new
+    STOPPED = "stopped"  # its ranks are gone
+
+
+# An edge that is not listed cannot happen. Each says what was observed.
+EDGES: Final[Mapping[GroupState, frozenset[GroupState]]] = {
+    GroupState.STARTING: frozenset(
+        {
+            GroupState.READY,  # all ranks said hello to the scheduler
+            GroupState.STOPPED,  # a rank could not load the model, or died, or took too long
+        }
+    ),
+    GroupState.READY: frozenset(
+        {
+            GroupState.DRAINING,  # an operator asked
+            GroupState.STOPPED,  # a rank died or was late
+        }
+    ),
+    GroupState.DRAINING: frozenset(
+        {
+            GroupState.STOPPED,  # nothing runs any more, or a rank died
+        }
+    ),
+    GroupState.STOPPED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    rank: int
+    device: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One worker group as the controller knows it."""
+
+    group_id: str
+    model: str
+    tensor_parallel_size: int
+    state: GroupState = GroupState.STARTING
+    term: int = 1  # of the scheduler's attachment; rises with each
+    num_restarts: int = 0
+    detail: str = ""
+    ranks: tuple[RankInfo, ...] = ()
+    max_request_tokens: int = 0  # most tokens of one request, once it is ready
+    block_bytes: int = 0  # one block on one rank
+
+
+@dataclass(frozen=True, slots=True)
+class StopRanks:
+    """End the group's ranks, whatever they do, and tell the scheduler that the term is over."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAtScheduler:
+    """Tell the scheduler to give the group nothing new."""
+
+    group_id: str
+
+
+Action = StopRanks | DrainAtScheduler
+
+
+class IllegalTransition(Exception):
+    """A state was to follow that cannot: a bug of ours."""
+
+
+@dataclass(slots=True)
+class GroupTable:
+    """All groups by id, and the version of this table, which rises with each change.
+
+    Each method takes in one observation and returns what must be done, in order. Observations of a term that is over, or of
+    a group that is stopped, change nothing.
+    """
+
+    groups: dict[str, Group] = field(default_factory=dict)
+    version: int = 0
+
+    def add(self, group: Group) -> None:
+        self.groups[group.group_id] = group
+        self.version += 1
+
+    def on_ready(self, group_id: str, term: int, *, ranks: tuple[RankInfo, ...], max_request_tokens: int, block_bytes: int) -> list[Action]:
+        """All ranks said hello to the scheduler."""
+        group = self._current(group_id, term)
+        if group is None or group.state is not GroupState.STARTING:
+            return []
+        self._set(group, GroupState.READY, ranks=ranks, max_request_tokens=max_request_tokens, block_bytes=block_bytes, detail="")
+        return []
+
+    def on_lost(self, group_id: str, term: int, reason: str) -> list[Action]:
+        """A rank died, failed, or was late."""
+        group = self._current(group_id, term)
+        if group is None or group.state is GroupState.STOPPED:
+            return []
+        self._set(group, GroupState.STOPPED, detail=reason)
+        return [StopRanks(group_id)]
+
+    def on_drain_asked(self, group_id: str) -> list[Action]:
+        """An operator asked to drain the group. Asking again changes nothing; a group that is starting is not needed at all."""
+        group = self.groups[group_id]
+        if group.state is GroupState.STARTING:
+            return self.on_lost(group_id, group.term, "drained before it was ready")
+        if group.state is not GroupState.READY:
+            return []
+        self._set(group, GroupState.DRAINING, detail="an operator asked")
+        return [DrainAtScheduler(group_id)]
+
+    def on_drained(self, group_id: str, term: int) -> list[Action]:
+        """A draining group has nothing left."""
+        group = self._current(group_id, term)
+        if group is None or group.state is not GroupState.DRAINING:
+            return []
+        self._set(group, GroupState.STOPPED, detail="drained")
+        return [StopRanks(group_id)]
+
+    def _current(self, group_id: str, term: int) -> Group | None:
+        group = self.groups.get(group_id)
+        return group if group is not None and group.term == term else None
+
+    def _set(self, group: Group, state: GroupState, **changes: object) -> None:
+        if state not in EDGES[group.state]:
+            raise IllegalTransition(f"group {group.group_id} cannot go from {group.state.value} to {state.value}")
+        self.groups[group.group_id] = replace(group, state=state, **changes)  # type: ignore[arg-type]  # replace checks the names
+        self.version += 1

@@ -1,0 +1,194 @@
+"""A whole cluster on this machine: a Ray of its own, the controller, and one gateway. What `quire serve` runs."""
+
+import contextlib
+import ipaddress
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Self
+
+import ray
+
+from quire.cluster.controller.controller import Controller
+from quire.common.child_process import start_child, stop_child
+from quire.common.config import ModelPlan, ServeConfig
+from quire.common.errors import ConfigError, Unavailable
+
+# Ray's object store carries nothing of ours but actor arguments; this is the smallest size that Ray takes.
+OBJECT_STORE_BYTES: Final = 80 * 2**20
+# How long the controller may take to end what it started.
+STOP_TIMEOUT_S: Final = 30.0
+# How often the processes are looked at while waiting.
+POLL_S: Final = 0.2
+
+
+class LocalCluster:
+    """Starts everything in `start` and ends everything that it started in `stop`.
+
+    prepare_local_ray() (ray_environment.py) comes before this module is imported.
+    """
+
+    def __init__(self, config: ServeConfig, plan: ModelPlan) -> None:
+        self._config = config
+        self._plan = plan
+        # 0700, and short: a path of a Unix socket has at most 107 bytes.
+        self.folder = Path(tempfile.mkdtemp(prefix="quire-"))
+        (self.folder / "logs").mkdir()
+        self._controller: Any = None
+        self._gateway: subprocess.Popen[bytes] | None = None
+        self._over: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self.stop(keep_logs=error is not None)
+
+    def start(self, is_cancelled: Callable[[], bool]) -> str:
+        """Start everything and wait until it serves; the gateway's address. "" when `is_cancelled` said so meanwhile.
+
+        Raises:
+            QuireError: it cannot serve; the message says why and where the logs are.
+        """
+        deadline_s = time.monotonic() + self._config.start_timeout_s
+        host, port = split_address(self._config.listen)
+        check_listen_address(host, port, insecure=self._config.insecure)
+        self._start_ray()
+        self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
+        discovery_address = ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
+        self._over = self._controller.wait_over.remote()
+        report = self.folder / "gateway.json"
+        self._gateway = start_child(
+            "quire.cluster.gateway.main",
+            {
+                "listen": self._config.listen,
+                "discovery_address": discovery_address,
+                "request_timeout_s": self._config.request_timeout_s,
+                "drain_timeout_s": self._config.drain_timeout_s,
+                "log_level": self._config.log_level,
+                "report_path": str(report),
+            },
+            log_path=self.folder / "logs" / "gateway.log",
+        )
+        ready = self._controller.wait_ready.remote()
+        is_ready = False
+        while not (is_ready and report.exists()):
+            if is_cancelled():
+                return ""
+            if time.monotonic() > deadline_s:
+                raise Unavailable(f"the cluster was not ready within {self._config.start_timeout_s:g} s; its logs are in {self._logs()}")
+            self._raise_if_over()
+            if not is_ready and ray.wait([ready], timeout=POLL_S)[0]:
+                reason = ray.get(ready)
+                if reason:
+                    raise Unavailable(self._explain(reason))
+                is_ready = True
+            elif is_ready:
+                time.sleep(POLL_S)
+        outcome = json.loads(report.read_text())
+        if "error" in outcome:
+            raise Unavailable(self._explain(f"the gateway cannot start: {outcome['error']}"))
+        return str(outcome["address"])
+
+    def run(self, is_cancelled: Callable[[], bool]) -> None:
+        """Wait until `is_cancelled` says so.
+
+        Raises:
+            QuireError: a part died that the cluster cannot go on without.
+        """
+        while not is_cancelled():
+            self._raise_if_over()
+
+    def stop(self, *, keep_logs: bool = False) -> None:
+        """End everything, clients' streams first. The folder goes too, unless something went wrong."""
+        is_clean = not keep_logs
+        if self._gateway is not None:
+            is_clean = stop_child(self._gateway, timeout_s=self._config.drain_timeout_s + STOP_TIMEOUT_S) == 0 and is_clean
+        if self._controller is not None:
+            try:
+                ray.get(self._controller.stop.remote(), timeout=STOP_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError):
+                is_clean = False
+        if ray.is_initialized():
+            ray.shutdown()
+        if is_clean:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start_ray(self) -> None:
+        empty = self.folder / "empty"
+        empty.mkdir()
+        num_ranks = self._plan.groups * self._plan.tensor_parallel_size
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_ranks,  # a rank takes one of Ray's CPUs, whatever the machine has: it only counts them
+                num_gpus=0,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                # The caller's folder must not be importable in Ray's workers: it may hold a `kernels` or `proto` of its own.
+                runtime_env={"working_dir": str(empty)},
+            )
+        except Exception as error:  # whatever Ray raises here, the message is what the user can act on
+            raise Unavailable(f"Ray could not start on this machine: {error}") from error
+
+    def _raise_if_over(self) -> None:
+        assert self._gateway is not None
+        if self._gateway.poll() is not None:
+            report = self.folder / "gateway.json"
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                raise Unavailable(self._explain(f"the gateway cannot start: {json.loads(report.read_text())['error']}"))
+            raise Unavailable(self._explain(f"the gateway ended with code {self._gateway.returncode}"))
+        try:
+            if ray.wait([self._over], timeout=POLL_S)[0]:
+                raise Unavailable(self._explain(ray.get(self._over)))
+        except ray.exceptions.RayError as error:
+            raise Unavailable(self._explain(f"the controller is gone: {error}")) from error
+
+    def _explain(self, reason: str) -> str:
+        return f"{reason} (logs: {self._logs()})"
+
+    def _logs(self) -> Path:
+        return self.folder / "logs"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """'127.0.0.1:50051' or '[::1]:50051' as host and port.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"listen is {address!r}; it takes HOST:PORT, such as 127.0.0.1:50051")
+    return host.strip("[]"), int(port)
+
+
+def check_listen_address(host: str, port: int, *, insecure: bool) -> None:
+    """Refuse an address that others reach without credentials, or that is taken, before anything starts.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    try:
+        family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"listen address {host!r} is not known on this machine: {error.strerror}") from None
+    if not ipaddress.ip_address(resolved[0]).is_loopback and not insecure:
+        raise ConfigError(
+            f"listen address {host} is reachable from other hosts and this server asks for no credentials; "
+            "listen on 127.0.0.1, or pass --insecure if the network is trusted"
+        )
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(resolved[:2])
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --listen") from None

@@ -1,0 +1,43 @@
+"""A Ray actor that starts one child process where Ray places it, and watches it. Used for the scheduler and for each rank.
+
+The child is a process of its own so that no thread of Ray's runs beside a hot loop. It dies with this actor, however the
+actor dies (common/child_process.py).
+"""
+
+import asyncio
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from quire.common.child_process import start_child, stop_child
+
+
+class _ProcessActor:
+    """All methods run on the actor's one event loop, whose thread lives as long as the actor: the child's life hangs on it."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+
+    async def start(self, module: str, spec: dict[str, Any], log_path: str) -> int:
+        """Start `python -m module`; its process id. Its output is appended to `log_path` on its own host."""
+        assert self._child is None, "one actor holds one child"
+        self._child = start_child(module, spec, log_path=Path(log_path))
+        return self._child.pid
+
+    async def wait(self) -> int:
+        """Wait for the child's end; its exit code, negative for a signal."""
+        assert self._child is not None, "start comes before wait"
+        return await asyncio.get_running_loop().run_in_executor(None, self._child.wait)
+
+    async def stop(self) -> int | None:
+        """End the child in order; its exit code, None if none was started."""
+        if self._child is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(None, stop_child, self._child)
+
+
+# max_restarts and max_task_retries stay 0: Ray restarts single actors, never a gang, and it would start a child twice.
+# num_cpus is 0 because the placement group's bundle, not this actor, stands for what the child uses.
+ProcessActor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_ProcessActor)

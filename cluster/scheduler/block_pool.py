@@ -1,0 +1,141 @@
+"""Which KV blocks of a pool are free, held or cached: ids only, never their memory."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+
+class OutOfBlocks(Exception):
+    """Fewer blocks are free or cached than were asked for."""
+
+
+class BlockPool:
+    """The ledger of one pool of blocks, numbered from 0.
+
+    Each block is in one of three states:
+
+        free     holds nothing that anybody knows of
+        held     ref_count >= 1 sequences use it
+        cached   nobody holds it, but its contents have a name (common/hashing.py) and may be found again
+
+    free + cached + held = num_blocks, always. Contents are named by `publish`; a held block with a name can be found too.
+    """
+
+    def __init__(self, num_blocks: int, *, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._ref_counts = [0] * num_blocks
+        self._free = deque(range(num_blocks))
+        # Invariant: exactly the blocks with a name and no holder, least recently used first (a dict keeps its order).
+        self._cached: dict[int, None] = {}
+        # Invariant: each other's inverse.
+        self._name_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        return self.num_blocks - len(self._free) - len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` can give: free ones and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_shared(self) -> int:
+        """Blocks with more than one holder."""
+        return sum(count > 1 for count in self._ref_counts)
+
+    def ref_count(self, block_id: int) -> int:
+        return self._ref_counts[block_id]
+
+    def ref_counts(self) -> bytes:
+        """Number of holders of each block, by id, 255 standing for more."""
+        return bytes(min(count, 255) for count in self._ref_counts)
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Take blocks, each with one holder: free ones first, then cached ones, least recently used first, whose contents
+        are forgotten.
+
+        All or nothing: on error the pool is unchanged.
+
+        Raises:
+            OutOfBlocks: fewer are available. Admission answers first, so this is a scheduler bug, not load.
+        """
+        if num_blocks > self.num_available:
+            raise OutOfBlocks(f"{num_blocks} blocks asked for, {self.num_available} of {self.num_blocks} available")
+        taken: list[int] = []
+        for _ in range(num_blocks):
+            if self._free:
+                block_id = self._free.popleft()
+            else:
+                block_id = next(iter(self._cached))
+                del self._cached[block_id]
+                del self._block_of[self._name_of.pop(block_id)]
+            self._ref_counts[block_id] = 1
+            taken.append(block_id)
+        return taken
+
+    def fork(self, block_ids: Iterable[int]) -> None:
+        """Add one holder to each block: held ones, and cached ones, which become held."""
+        for block_id in block_ids:
+            if self._ref_counts[block_id] == 0:
+                assert block_id in self._cached, f"block {block_id} is free: it has no contents to share"
+                del self._cached[block_id]
+            self._ref_counts[block_id] += 1
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Take one holder away from each block of a block table.
+
+        A block without holders becomes cached if its contents have a name, else free. The last blocks of the table go first,
+        so that of a cached prefix the end is forgotten before the beginning, without which the end cannot be found.
+        """
+        for block_id in reversed(block_ids):
+            count = self._ref_counts[block_id]
+            assert count > 0, f"block {block_id} has no holder to take away"
+            self._ref_counts[block_id] = count - 1
+            if count == 1:
+                if block_id in self._name_of:
+                    self._cached[block_id] = None
+                else:
+                    self._free.append(block_id)
+
+    def publish(self, block_id: int, name: bytes) -> None:
+        """Name the contents of a held block, so that `find` gives it. If another block has that name already, nothing changes."""
+        assert self._ref_counts[block_id] > 0, f"block {block_id} has no holder; only a holder can name its contents"
+        if name not in self._block_of and block_id not in self._name_of:
+            self._name_of[block_id] = name
+            self._block_of[name] = block_id
+
+    def find(self, names: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest run of names, from the first, that are all known. `fork` them before the next `allocate`."""
+        found: list[int] = []
+        for name in names:
+            block_id = self._block_of.get(name)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def num_unheld(self, block_ids: Iterable[int]) -> int:
+        """How many of these are cached and not held: forking them takes that many from `num_available`."""
+        return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        free = set(self._free)
+        assert len(free) == len(self._free), "a block is free twice"
+        held = {block_id for block_id, count in enumerate(self._ref_counts) if count > 0}
+        assert not free & held, free & held
+        assert not (free | held) & self._cached.keys(), (free | held) & self._cached.keys()
+        assert len(free) + len(held) + len(self._cached) == self.num_blocks
+        assert all(count >= 0 for count in self._ref_counts)
+        assert {name: block_id for block_id, name in self._name_of.items()} == self._block_of
+        assert self._cached.keys() <= self._name_of.keys() <= held | self._cached.keys()

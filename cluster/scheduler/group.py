@@ -1,0 +1,309 @@
+"""One worker group as the scheduler sees it: its rows, its block pools, and the step plans it is sent."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from quire.cluster.scheduler.block_pool import BlockPool
+from quire.cluster.scheduler.request import Request, RequestState, Sequence
+from quire.common.hashing import hash_block, hash_full_blocks
+from quire.common.messages import AttachGroup, Chunk, GroupStatus, PoolStatus, RankHello, RowAdd, StepPlan, StepResult
+
+# Plans that may be sent and not yet answered: one computes, the next waits at the ranks, so that they never wait for us.
+MAX_PLANS_OUTSTANDING = 2
+
+
+@dataclass(slots=True)
+class SentPlan:
+    """A plan that is not answered yet, with the sequences that its result will name by order alone."""
+
+    step_id: int
+    sent_s: float
+    sampled: list[Sequence]
+
+
+@dataclass(slots=True)
+class NewToken:
+    """One sampled token of a live sequence, applied."""
+
+    sequence: Sequence
+    offset: int  # from the start of the completion
+    token_id: int
+
+
+@dataclass(slots=True)
+class Applied:
+    """What a step's result brought."""
+
+    tokens: list[NewToken] = field(default_factory=list)
+    failed: list[tuple[Sequence, int]] = field(default_factory=list)  # (sequence, RowErrorCode)
+
+
+class Group:
+    """Plans the steps of one worker group under one term.
+
+    Blocks are given out as sequences grow, but a request is admitted only when all that it may ever need can be reserved;
+    so no running sequence is ever without a block.
+    """
+
+    def __init__(self, attach: AttachGroup) -> None:
+        self.group_id = attach.group_id
+        self.term = attach.term
+        self.model = attach.model
+        self.config = attach
+        self.hellos: dict[int, RankHello] = {}
+        self.draining = False
+        self.drain_reported = False
+        self.pool = BlockPool(0, block_size=attach.block_size)
+        self.num_cpu_blocks = 0
+        self.requests: dict[int, Request] = {}  # running, by handle
+        self.outstanding: deque[SentPlan] = deque()
+        self.last_sent_s = 0.0
+        self.num_steps_done = 0
+        self._next_step_id = 0
+        self._free_rows: list[int] = []
+        self._prefilling: deque[Sequence] = deque()
+        self._decoding: dict[int, Sequence] = {}  # by row: the ranks' sticky rows
+        self._rows_to_remove: list[int] = []
+        self._num_rows_freed = 0  # the first so many of them are in _free_rows again
+        self._num_blocks_reserved = 0
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        return len(self.hellos) == self.config.tensor_parallel_size
+
+    def hello(self, hello: RankHello) -> None:
+        """A rank is there. With the last one the group is ready, its pool as large as the smallest rank's."""
+        self.hellos[hello.rank] = hello
+        if self.is_ready:
+            self.pool = BlockPool(min(h.num_gpu_blocks for h in self.hellos.values()), block_size=self.config.block_size)
+            self.num_cpu_blocks = min(h.num_cpu_blocks for h in self.hellos.values())
+            num_rows = min(self.config.max_sequences, min(h.max_rows for h in self.hellos.values()))
+            self._free_rows = list(range(num_rows - 1, -1, -1))
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Most tokens of prompt and completion that one request may have here."""
+        return min(self.config.max_model_len, self.pool.num_blocks * self.pool.block_size)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def admit(self, request: Request) -> bool:
+        """Take a waiting request into the batch if a row and all its blocks are there. Does not change it otherwise."""
+        sequence = request.sequence
+        if self.draining or not self._free_rows:
+            return False
+        block_size = self.pool.block_size
+        num_tokens = sequence.num_prompt_tokens + sequence.max_tokens
+        num_blocks = -(-num_tokens // block_size)
+        names = list(request.submit.block_hashes)
+        if len(sequence.token_ids) > sequence.num_prompt_tokens:  # resumed: its own tokens fill further blocks
+            names = hash_full_blocks(request.submit.cache_root, sequence.token_ids, block_size=block_size)
+        # The last token is always computed: its logits are what the next one is drawn from.
+        found = self.pool.find(names[: (sequence.prompt_len - 1) // block_size])
+        num_available = self.pool.num_available - self.pool.num_unheld(found) - self._num_blocks_reserved
+        if num_blocks - len(found) > num_available:
+            return False
+        self.pool.fork(found)
+        num_prompt_blocks = -(-sequence.prompt_len // block_size)
+        sequence.block_table = found + self.pool.allocate(num_prompt_blocks - len(found))
+        self._reserve(sequence, num_blocks - num_prompt_blocks)
+        sequence.block_names = names
+        sequence.num_published = len(found)
+        sequence.num_planned = sequence.num_cached_tokens = len(found) * block_size
+        sequence.row = self._free_rows.pop()
+        self.requests[request.handle] = request
+        self._prefilling.append(sequence)
+        return True
+
+    def release(self, request: Request) -> None:
+        """Give back everything that a running request holds; its row leaves the batch with the next plan."""
+        assert request.state is RequestState.RUNNING, request.state
+        sequence = request.sequence
+        sequence.ended = True
+        del self.requests[request.handle]
+        self.pool.free(sequence.block_table)
+        sequence.block_table = []
+        self._reserve(sequence, 0)
+        if sequence.row >= 0:
+            self._leave_row(sequence)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether a plan made now would compute or change anything."""
+        return bool(self._decoding or self._prefilling or self._rows_to_remove)
+
+    def may_plan(self) -> bool:
+        return self.is_ready and len(self.outstanding) < MAX_PLANS_OUTSTANDING
+
+    def retire_rows(self) -> None:
+        """Free the rows that the next plan removes, for that same plan to give away: a rank removes before it adds."""
+        for sequence in list(self._decoding.values()):
+            if sequence.num_completion_planned >= sequence.max_tokens:  # its last token is on its way
+                self._leave_row(sequence)
+        self._free_rows.extend(reversed(self._rows_to_remove[self._num_rows_freed :]))
+        self._num_rows_freed = len(self._rows_to_remove)
+
+    def plan(self, now_s: float) -> StepPlan:
+        """The next step: one token for every decoding row, then chunks of prompts with what is left of max_batched_tokens.
+
+        `retire_rows` comes first, then `admit` for whatever is to join. May be empty: a heartbeat.
+        """
+        assert self._num_rows_freed == len(self._rows_to_remove), "retire_rows comes before plan"
+        remove_rows, self._rows_to_remove, self._num_rows_freed = self._rows_to_remove, [], 0
+        decoded = [self._decoding[row] for row in sorted(self._decoding)]
+        grow_rows: list[int] = []
+        grow_block_ids: list[int] = []
+        for sequence in decoded:
+            sequence.num_planned += 1
+            if sequence.num_planned > len(sequence.block_table) * self.pool.block_size:
+                block_id = self.pool.allocate(1)[0]
+                sequence.block_table.append(block_id)
+                self._reserve(sequence, sequence.num_blocks_reserved - 1)
+                grow_rows.append(sequence.row)
+                grow_block_ids.append(block_id)
+        add_rows, chunks, samples = self._plan_prefill(self.config.max_batched_tokens - len(decoded))
+        sampled = samples + decoded
+        for sequence in sampled:
+            sequence.num_in_flight += 1
+        plan = StepPlan(
+            term=self.term,
+            step_id=self._next_step_id,
+            add_rows=tuple(add_rows),
+            remove_rows=tuple(remove_rows),
+            grow_rows=tuple(grow_rows),
+            grow_block_ids=tuple(grow_block_ids),
+            chunks=tuple(chunks),
+            samples=tuple((sequence.row, sequence.row) for sequence in samples),
+        )
+        self._next_step_id += 1
+        self.outstanding.append(SentPlan(plan.step_id, now_s, sampled))
+        self.last_sent_s = now_s
+        return plan
+
+    def apply(self, result: StepResult) -> Applied:
+        """Take in the result of the oldest outstanding plan. Tokens of sequences that ended meanwhile are dropped."""
+        sent = self.outstanding.popleft()
+        assert result.step_id == sent.step_id, (result.step_id, sent.step_id)
+        assert len(result.counts) == len(sent.sampled), (len(result.counts), len(sent.sampled))
+        self.num_steps_done += 1
+        errors = dict(result.row_errors)
+        applied = Applied()
+        position = 0
+        for index, (sequence, count) in enumerate(zip(sent.sampled, result.counts, strict=True)):
+            token_ids = result.token_ids[position : position + count]
+            position += count
+            sequence.num_in_flight -= 1
+            if sequence.ended:
+                continue
+            if index in errors:
+                applied.failed.append((sequence, errors[index]))
+                continue
+            for token_id in token_ids:
+                applied.tokens.append(NewToken(sequence, sequence.num_completion_tokens, token_id))
+                sequence.token_ids.append(token_id)
+            self._publish_decoded(sequence)
+        return applied
+
+    def status(self) -> GroupStatus:
+        pool = self.pool
+        return GroupStatus(
+            group_id=self.group_id,
+            term=self.term,
+            num_running=len(self.requests),
+            num_preempted=0,
+            step_count=self.num_steps_done,
+            gpu=PoolStatus(pool.num_blocks, pool.num_free, pool.num_cached, pool.num_held, pool.num_shared),
+            cpu=PoolStatus(self.num_cpu_blocks, self.num_cpu_blocks, 0, 0, 0),
+            gpu_ref_counts=pool.ref_counts(),
+        )
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        self.pool.check()
+        sequences = [request.sequence for request in self.requests.values()]
+        holders = [0] * self.pool.num_blocks
+        for sequence in sequences:
+            assert sequence.num_planned <= len(sequence.token_ids) + sequence.num_in_flight
+            assert sequence.num_planned <= len(sequence.block_table) * self.pool.block_size
+            for block_id in sequence.block_table:
+                holders[block_id] += 1
+        assert bytes(min(count, 255) for count in holders) == self.pool.ref_counts(), "a block is held by nobody that runs"
+        assert self._num_blocks_reserved == sum(sequence.num_blocks_reserved for sequence in sequences)
+        assert self._num_blocks_reserved <= self.pool.num_available
+        rows = [sequence.row for sequence in sequences if sequence.row >= 0] + self._rows_to_remove[self._num_rows_freed :]
+        rows += self._free_rows
+        assert len(set(rows)) == len(rows), "a row is used twice"
+        assert len(self.outstanding) <= MAX_PLANS_OUTSTANDING
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _plan_prefill(self, budget: int) -> tuple[list[RowAdd], list[Chunk], list[Sequence]]:
+        """Chunks for the sequences in prefill, oldest first, at most `budget` tokens; and who is sampled behind its last one."""
+        add_rows: list[RowAdd] = []
+        chunks: list[Chunk] = []
+        samples: list[Sequence] = []
+        while self._prefilling and budget > 0:
+            sequence = self._prefilling[0]
+            start = sequence.num_planned
+            count = min(budget, sequence.prompt_len - start)
+            is_last = start + count == sequence.prompt_len
+            sequence.num_planned += count
+            if start == sequence.num_cached_tokens:  # its first chunk
+                add_rows.append(
+                    RowAdd(
+                        row=sequence.row,
+                        token_ids=tuple(sequence.token_ids),
+                        prompt_len=sequence.num_prompt_tokens,
+                        num_computed=start,
+                        block_ids=tuple(sequence.block_table),
+                        adapter_id=0,
+                        sampling=sequence.sampling,
+                    )
+                )
+            chunks.append(Chunk(sequence.row, start, count, is_last))
+            self._publish_planned_prompt(sequence)
+            budget -= count
+            if is_last:
+                self._prefilling.popleft()
+                self._decoding[sequence.row] = sequence
+                samples.append(sequence)
+        return add_rows, chunks, samples
+
+    def _reserve(self, sequence: Sequence, num_blocks: int) -> None:
+        assert num_blocks >= 0, num_blocks
+        self._num_blocks_reserved += num_blocks - sequence.num_blocks_reserved
+        sequence.num_blocks_reserved = num_blocks
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+            if sequence.num_planned == sequence.num_cached_tokens:  # no plan has named its row yet
+                self._free_rows.append(sequence.row)
+                sequence.row = -1
+                return
+        self._decoding.pop(sequence.row, None)
+        self._rows_to_remove.append(sequence.row)
+        sequence.row = -1
+
+    def _publish_planned_prompt(self, sequence: Sequence) -> None:
+        """Prompt blocks can be found as soon as they are planned: a later plan that reads them is computed later."""
+        num_full = min(sequence.num_planned // self.pool.block_size, len(sequence.block_names))
+        self._publish(sequence, num_full)
+
+    def _publish_decoded(self, sequence: Sequence) -> None:
+        """Blocks that decoding filled can be found once their tokens are known; the last token's keys are not written yet."""
+        block_size = self.pool.block_size
+        num_full = (len(sequence.token_ids) - 1) // block_size
+        while len(sequence.block_names) < num_full:
+            start = len(sequence.block_names) * block_size
+            parent = sequence.block_names[-1] if sequence.block_names else sequence.cache_root
+            sequence.block_names.append(hash_block(parent, sequence.token_ids[start : start + block_size]))
+        self._publish(sequence, num_full)
+
+    def _publish(self, sequence: Sequence, num_full: int) -> None:
+        while sequence.num_published < num_full:
+            self.pool.publish(sequence.block_table[sequence.num_published], sequence.block_names[sequence.num_published])
+            sequence.num_published += 1
