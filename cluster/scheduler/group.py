@@ -64,7 +64,7 @@ class Group:
         self._prefilling: deque[Sequence] = deque()
         self._decoding: dict[int, Sequence] = {}  # by row: the ranks' sticky rows
         self._rows_to_remove: list[int] = []
-        self._num_rows_freed = 0  # the first so many of them are in _free_rows again
+        self._rows_removed: list[int] = []  # by the next plan, and free for it
         self._num_blocks_reserved = 0
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Group:
 
     def has_work(self) -> bool:
         """Whether a plan made now would compute or change anything."""
-        return bool(self._decoding or self._prefilling or self._rows_to_remove)
+        return bool(self._decoding or self._prefilling or self._rows_removed or self._rows_to_remove)
 
     def may_plan(self) -> bool:
         return self.is_ready and len(self.outstanding) < MAX_PLANS_OUTSTANDING
@@ -143,16 +143,16 @@ class Group:
         for sequence in list(self._decoding.values()):
             if sequence.num_completion_planned >= sequence.max_tokens:  # its last token is on its way
                 self._leave_row(sequence)
-        self._free_rows.extend(reversed(self._rows_to_remove[self._num_rows_freed :]))
-        self._num_rows_freed = len(self._rows_to_remove)
+        self._free_rows.extend(reversed(self._rows_to_remove))
+        self._rows_removed += self._rows_to_remove
+        self._rows_to_remove = []
 
     def plan(self, now_s: float) -> StepPlan:
         """The next step: one token for every decoding row, then chunks of prompts with what is left of max_batched_tokens.
 
         `retire_rows` comes first, then `admit` for whatever is to join. May be empty: a heartbeat.
         """
-        assert self._num_rows_freed == len(self._rows_to_remove), "retire_rows comes before plan"
-        remove_rows, self._rows_to_remove, self._num_rows_freed = self._rows_to_remove, [], 0
+        remove_rows, self._rows_removed = self._rows_removed, []
         decoded = [self._decoding[row] for row in sorted(self._decoding)]
         grow_rows: list[int] = []
         grow_block_ids: list[int] = []
@@ -233,7 +233,7 @@ class Group:
         assert bytes(min(count, 255) for count in holders) == self.pool.ref_counts(), "a block is held by nobody that runs"
         assert self._num_blocks_reserved == sum(sequence.num_blocks_reserved for sequence in sequences)
         assert self._num_blocks_reserved <= self.pool.num_available
-        rows = [sequence.row for sequence in sequences if sequence.row >= 0] + self._rows_to_remove[self._num_rows_freed :]
+        rows = [sequence.row for sequence in sequences if sequence.row >= 0] + self._rows_to_remove
         rows += self._free_rows
         assert len(set(rows)) == len(rows), "a row is used twice"
         assert len(self.outstanding) <= MAX_PLANS_OUTSTANDING

@@ -109,7 +109,7 @@ class SchedulerProcess:
         try:
             handler(peer, frame)
             self._num_errors_in_a_row = 0
-        except msgspec.ValidationError as error:
+        except msgspec.DecodeError as error:
             log.warning("a message from %r is not one of ours: %s", peer, error)
         except Exception:
             self._num_errors_in_a_row += 1

@@ -1,0 +1,61 @@
+"""Children die with their parents, also after kill -9."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quire.common.child_process import start_child, stop_child
+
+GONE_TIMEOUT_S = 10.0
+SUPPORT = str(Path(__file__).resolve().parents[1] / "support")
+
+# A parent that starts a sleeping child through start_child, writes the child's pid, and sleeps.
+PARENT = """
+import pathlib, sys, time
+from quire.common.child_process import start_child
+child = start_child("sleeping_child", {"seconds": 60})
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+time.sleep(60)
+"""
+
+
+def test_a_child_is_gone_after_its_parent_was_killed(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(pid_file)], env={**os.environ, "PYTHONPATH": SUPPORT})
+    child_pid = _wait_for_pid(pid_file)
+    assert _is_alive(child_pid)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline_s = time.monotonic() + GONE_TIMEOUT_S
+    while _is_alive(child_pid):
+        assert time.monotonic() < deadline_s, "the child outlived its parent"
+
+
+def test_a_child_is_stopped_by_sigterm_and_its_output_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", SUPPORT)
+    child = start_child("sleeping_child", {"seconds": 60}, log_path=tmp_path / "log")
+    deadline_s = time.monotonic() + GONE_TIMEOUT_S
+    while "sleeping for 60" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline_s
+        assert child.poll() is None
+    assert stop_child(child) == -signal.SIGTERM
+    assert stop_child(child) == -signal.SIGTERM  # again: it has ended, nothing happens
+
+
+def _wait_for_pid(pid_file: Path) -> int:
+    deadline_s = time.monotonic() + GONE_TIMEOUT_S
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert time.monotonic() < deadline_s
+    return int(pid_file.read_text())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,119 @@
+"""Settings: where they come from, what is refused, and with which words."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.common.config import ModelConfig, parse_bytes, plan_model, resolve_config
+from quire.common.errors import ConfigError, NotSupported, QuireError
+from quire.common.model_folder import read_model_folder
+
+
+def test_flags_go_before_environment_before_file_before_defaults() -> None:
+    file = {"listen": "127.0.0.1:1", "log_level": "debug", "models": [{"block_size": 4, "max_sequences": 5, "gpu_blocks": 6}]}
+    environ = {"QUIRE_LISTEN": "127.0.0.1:2", "QUIRE_BLOCK_SIZE": "8", "QUIRE_MAX_SEQUENCES": "7"}
+    config = resolve_config({"listen": "127.0.0.1:3", "block_size": "32"}, environ=environ, file=file)
+    model = config.models[0]
+    assert (config.listen, config.log_level, config.request_timeout_s) == ("127.0.0.1:3", "debug", 600.0)
+    assert (model.block_size, model.max_sequences, model.gpu_blocks, model.preemption) == (32, 7, 6, "auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("2Gi", 2**31), ("500M", 500_000_000), (4096, 4096), ("1.5ki", 1536), ("64MiB", 2**26), ("7", 7)]
+)
+def test_bytes_are_read_with_their_unit(text: Any, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tensor_parallel_size": "3"}, "8 query heads cannot be split over 3 ranks; use 1, 2, 4 or 8"),
+        ({"max_model_len": "4096"}, "max_model_len 4096 is more than the 2048 positions of the model"),
+        ({"block_size": "12"}, "block_size is 12; it must be a power of two"),
+        ({"gpu_blocks": "0"}, "gpu_blocks is 0; it must be at least 1"),
+        ({"gpu_blocks": "9", "kv_cache_memory": "1Gi"}, "gpu_blocks 9 and kv_cache_memory 1073741824 say the same thing twice"),
+        ({"kv_cache_memory": "1k"}, "kv_cache_memory 1000 holds no block; one takes 131072 bytes"),
+        ({"kv_cache_memory": "lots"}, "--kv-cache-memory: kv_cache_memory is 'lots'; it takes bytes, such as 2Gi or 500M"),
+        ({"max_sequences": "x"}, "--max-sequences: max_sequences is 'x'; it takes a whole number"),
+        ({"device": "tpu"}, "--device: device is 'tpu'; it takes auto, cpu, cuda"),
+        ({"max_sequences": "64", "max_batched_tokens": "32"}, "max_sequences 64 is more than max_batched_tokens 32"),
+        ({"request_timeout_s": "0"}, "request_timeout_s is 0.0; it must be above 0"),
+        ({"model": "/nowhere"}, "/nowhere is not a folder"),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line_with_its_numbers(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_model(resolve_config(flags, environ={}).models[0])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"device": "cuda"}, "device"),
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size"),
+        ({"groups": "2"}, "groups"),
+        ({"swap_memory": "1Gi"}, "swap_memory"),
+        ({"preemption": "swap"}, "preemption"),
+        ({"model_backend": "native"}, "model_backend"),
+    ],
+)
+def test_a_setting_of_a_later_version_is_refused_by_name(flags: dict[str, Any], name: str) -> None:
+    with pytest.raises(NotSupported, match=f"^{name} = .* is not supported yet"):
+        plan_model(resolve_config(flags, environ={}).models[0])
+
+
+def test_a_misspelt_setting_in_the_file_is_named_with_a_guess() -> None:
+    with pytest.raises(ConfigError, match="'max_model_length' that does not exist; did you mean 'max_model_len'"):
+        resolve_config({}, environ={}, file={"models": [{"max_model_length": 3}]})
+
+
+def test_two_models_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a list of one mapping"):
+        resolve_config({}, environ={}, file={"models": [{}, {}]})
+
+
+def test_the_built_in_model_is_served_when_none_is_named() -> None:
+    plan = plan_model(ModelConfig())
+    assert (plan.name, plan.dtype, plan.device, plan.max_model_len) == ("quire-tales", "float32", "cpu", 2048)
+    assert plan.block_bytes == 16 * 2 * 8 * 4 * 32 * 4  # tokens, keys and values, layers, KV heads, head size, bytes
+
+
+def test_a_pool_smaller_than_the_model_length_is_allowed() -> None:
+    assert plan_model(ModelConfig(gpu_blocks=4)).num_gpu_blocks == 4
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("tokenizer.json", "has no tokenizer.json; make one with: python -c"),
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "has no \\*.safetensors"),
+    ],
+)
+def test_a_folder_that_lacks_a_file_is_refused_with_what_to_do(tmp_path: Path, missing: str, message: str) -> None:
+    source = plan_model(ModelConfig()).folder.path
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    (folder / missing).unlink()
+    with pytest.raises(ConfigError, match=message):
+        read_model_folder(folder)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": None}, {"num_hidden_layers": None}, {"num_attention_heads": 0}, {"hidden_size": -4}])
+def test_a_config_that_lies_about_sizes_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(plan_model(ModelConfig()).folder.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in change.items():
+        config.pop(key)
+        if value is not None:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QuireError, match=r"config\.json (says|does not say)"):
+        read_model_folder(folder)
