@@ -55,6 +55,11 @@ STOP_TIMEOUT_S: Final = 15.0
 SEND_QUEUE_MESSAGES: Final = 1000
 
 
+def discovery_address(folder: Path) -> str:
+    """Where the controller of a local cluster answers: a socket in its own folder, which only its user can open."""
+    return f"unix:{folder}/discovery.sock"
+
+
 class _Controller:
     """Runs on its actor's one event loop. What it decides is in GroupTable; here it is performed."""
 
@@ -77,8 +82,8 @@ class _Controller:
 
     # -- for `quire serve` ---------------------------------------------------------------------------------------------
 
-    async def start(self) -> str:
-        """Start the scheduler, the ranks and discovery; the address of discovery. Does not wait for the groups."""
+    async def start(self) -> None:
+        """Start the scheduler, the ranks and discovery (at `discovery_address`). Does not wait for the groups."""
         self._over = asyncio.get_running_loop().create_future()
         self._link = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._link.setsockopt(zmq.IDENTITY, CONTROLLER_IDENTITY)
@@ -88,7 +93,7 @@ class _Controller:
         self._server = grpc.aio.server()
         discovery_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self), self._server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterAdmin(self), self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.add_insecure_port(discovery_address(self._folder))
         await self._server.start()
         self._spawn(self._read_scheduler())
         self._spawn(self._run_scheduler())
@@ -97,7 +102,6 @@ class _Controller:
             self._table.add(group)
             await self._attach(group)
             self._spawn(self._run_ranks(group))
-        return f"127.0.0.1:{port}"
 
     async def wait_ready(self) -> str:
         """Wait until every group is ready (""), or until one cannot be (why)."""

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 import ray
 
-from quire.cluster.controller.controller import Controller
+from quire.cluster.controller.controller import Controller, discovery_address
 from quire.common.child_process import start_child, stop_child
 from quire.common.config import ModelPlan, ServeConfig
 from quire.common.errors import ConfigError, Unavailable
@@ -59,16 +59,13 @@ class LocalCluster:
         deadline_s = time.monotonic() + self._config.start_timeout_s
         host, port = split_address(self._config.listen)
         check_listen_address(host, port, insecure=self._config.insecure)
-        self._start_ray()
-        self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
-        discovery_address = ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
-        self._over = self._controller.wait_over.remote()
+        # The gateway comes first and waits for the controller: its start costs nothing while Ray starts.
         report = self.folder / "gateway.json"
         self._gateway = start_child(
             "quire.cluster.gateway.main",
             {
                 "listen": self._config.listen,
-                "discovery_address": discovery_address,
+                "discovery_address": discovery_address(self.folder),
                 "request_timeout_s": self._config.request_timeout_s,
                 "drain_timeout_s": self._config.drain_timeout_s,
                 "log_level": self._config.log_level,
@@ -76,6 +73,10 @@ class LocalCluster:
             },
             log_path=self.folder / "logs" / "gateway.log",
         )
+        self._start_ray()
+        self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
+        ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
+        self._over = self._controller.wait_over.remote()
         ready = self._controller.wait_ready.remote()
         is_ready = False
         while not (is_ready and report.exists()):

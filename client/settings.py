@@ -1,0 +1,116 @@
+"""What a client is told once: where the server is, who calls, how long to try."""
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from quire.common.errors import ConfigError, InvalidRequest
+
+DEFAULT_PORT: Final = 50051
+DEFAULT_ADDRESS: Final = f"127.0.0.1:{DEFAULT_PORT}"
+DEFAULT_TIMEOUT_S: Final = 600.0
+DEFAULT_MAX_RETRIES: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    address: str  # as gRPC takes it: host:port, [v6]:port, unix:path
+    secure: bool  # TLS
+    tls_ca_pem: bytes | None  # who may sign the server's certificate; None takes the system's list
+    api_key: str | None = field(repr=False)  # Invariant: None unless `secure` or the address is this machine
+    timeout_s: float  # of each call, retries included; infinity for none
+    max_retries: int
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s is {self.timeout_s}; it takes seconds above 0, or float('inf') for no limit")
+        if self.max_retries < 0:
+            raise ConfigError(f"max_retries is {self.max_retries}; it takes 0 or more")
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call."""
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+
+
+def resolve_settings(
+    address: str | None,
+    *,
+    api_key: str | None,
+    secure: bool,
+    tls_ca: str | os.PathLike[str] | None,
+    timeout_s: float,
+    max_retries: int,
+    environ: Mapping[str, str] = os.environ,
+) -> ClientSettings:
+    """Fill in from QUIRE_ADDRESS and QUIRE_API_KEY what was not given.
+
+    Raises:
+        ConfigError: the API key would travel unencrypted to another machine, the CA file cannot be read, or a number is out of range.
+    """
+    address = _with_port(address or environ.get("QUIRE_ADDRESS") or DEFAULT_ADDRESS)
+    api_key = api_key or environ.get("QUIRE_API_KEY") or None
+    secure = secure or tls_ca is not None
+    if api_key and not secure and not is_loopback(address):
+        raise ConfigError(f"the API key would travel unencrypted to {address}; give secure=True or tls_ca=..., or no key")
+    return ClientSettings(
+        address=address,
+        secure=secure,
+        tls_ca_pem=None if tls_ca is None else _read_pem(Path(tls_ca)),
+        api_key=api_key,
+        timeout_s=timeout_s,
+        max_retries=max_retries,
+    )
+
+
+def changed(settings: ClientSettings, *, timeout_s: float | None, max_retries: int | None) -> ClientSettings:
+    """The settings with other limits; None keeps one. Raises as ClientSettings does."""
+    return replace(
+        settings,
+        timeout_s=settings.timeout_s if timeout_s is None else timeout_s,
+        max_retries=settings.max_retries if max_retries is None else max_retries,
+    )
+
+
+def call_timeout_s(settings: ClientSettings, timeout_s: float | None) -> float:
+    """The time that one call has: its own, else the client's.
+
+    Raises:
+        InvalidRequest: it is not above 0.
+    """
+    if timeout_s is None:
+        return settings.timeout_s
+    if not timeout_s > 0:
+        raise InvalidRequest(f"timeout_s is {timeout_s}; it takes seconds above 0", field="timeout_s")
+    return timeout_s
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address cannot be another machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _with_port(address: str) -> str:
+    """gRPC would take 443 for a host without a port; we take our own."""
+    if address.startswith("unix:") or "://" in address:
+        return address
+    name = address.rpartition("]")[2] if address.startswith("[") else address
+    return address if ":" in name else f"{address}:{DEFAULT_PORT}"
+
+
+def _read_pem(path: Path) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the file of tls_ca, {path}, cannot be read: {error.strerror}") from error

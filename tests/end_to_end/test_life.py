@@ -1,0 +1,86 @@
+"""How a cluster ends: in order, by a signal, or because a part of it died; nothing of it is left in any case."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from serving import ServeProcess
+
+from quire.client import Client
+from quire.common.errors import QuireError
+
+GONE_TIMEOUT_S = 20.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_streams_in_order_and_then_every_process(tmp_path: Path, number: signal.Signals) -> None:
+    with ServeProcess(tmp_path) as serve:
+        address = serve.wait_ready()
+        texts: list[str] = []
+        started = threading.Event()
+
+        def read() -> None:
+            with Client(address) as client:
+                for delta in client.stream("Once upon a time", max_tokens=300, ignore_eos=True, seed=1):
+                    texts.append(delta.text)
+                    started.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert started.wait(30)
+        serve.process.send_signal(number)
+        reader.join(60)
+        assert serve.wait_end() == 0, serve.output
+        serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
+        assert len("".join(texts)) > 600, "the stream was to finish first"
+        assert not list(tmp_path.glob("quire-*")), "its folder was to go with it"
+
+
+def test_nothing_is_left_after_kill_9_of_quire_serve(tmp_path: Path) -> None:
+    with ServeProcess(tmp_path) as serve:
+        serve.wait_ready()
+        assert len(serve.processes()) > 3
+        serve.process.kill()
+        serve.process.wait()
+        serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    "module", ["quire.cluster.scheduler.process", "quire.worker.rank_process", "quire.cluster.gateway.main"], ids=lambda m: m.split(".")[-2]
+)
+def test_the_death_of_a_part_ends_the_cluster_and_is_named(tmp_path: Path, module: str) -> None:
+    with ServeProcess(tmp_path) as serve:
+        address = serve.wait_ready()
+        with Client(address, max_retries=0) as client:
+            stream = client.stream("Once upon a time", max_tokens=2000, ignore_eos=True)
+            next(iter(stream))
+            os.kill(serve.process_of(module), signal.SIGKILL)
+            with pytest.raises(QuireError):
+                list(stream)
+        assert serve.wait_end() == 1, serve.output
+        assert "code -9" in serve.output
+        assert "logs: " in serve.output
+        serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tensor-parallel-size", "3"], "8 query heads cannot be split over 3 ranks; use 1, 2, 4 or 8"),
+        (["--preemption", "swap"], "preemption = swap is not supported yet"),
+        (["/nowhere"], "/nowhere is not a folder"),
+        (["--listen", "0.0.0.0:0"], "reachable from other hosts"),
+        (["--config", "missing.yaml"], "the config file missing.yaml cannot be read"),
+    ],
+)
+def test_a_bad_setting_is_one_line_before_anything_starts(tmp_path: Path, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("quire: ")
+    assert message in line

@@ -1,0 +1,100 @@
+"""A gateway's parts, wired in the test's own process, between a fake scheduler and a fake controller."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from fake_scheduler import FakeController, FakeScheduler, demo_files
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from quire.cluster.gateway.main import Gateway, GatewayConfig
+from quire.common.messages import ModelLimits
+from quire.v1.cluster_pb2_grpc import ClusterServiceStub
+from quire.v1.inference_pb2_grpc import InferenceServiceStub
+
+LIMITS = (ModelLimits("quire-tales", 16, 2048),)
+
+
+@dataclass
+class Running:
+    """What a test talks to."""
+
+    gateway: Gateway
+    scheduler: FakeScheduler
+    controller: FakeController
+    address: str
+    channel: grpc.aio.Channel
+
+    @property
+    def inference(self) -> Any:
+        return InferenceServiceStub(self.channel)
+
+    @property
+    def cluster(self) -> Any:
+        return ClusterServiceStub(self.channel)
+
+    async def health(self, service: str = "") -> str:
+        response = await health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(service=service))
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+
+    async def wait_for_health(self, status: str, *, timeout_s: float = 5.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while await self.health() != status:
+                await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def running_gateway(
+    tmp_path: Path, *, scheduler: FakeScheduler | None = None, files: dict[str, bytes] | None = None, **settings: Any
+) -> AsyncIterator[Running]:
+    """A ready gateway; `settings` are the config's."""
+    scheduler = scheduler or FakeScheduler()
+    scheduler.limits = scheduler.limits or LIMITS
+    async with scheduler, FakeController(scheduler.address) as controller:
+        controller.serve(files or demo_files())
+        config = GatewayConfig(
+            listen="127.0.0.1:0", discovery_address=controller.address, report_path=str(tmp_path / "report.json"), **settings
+        )
+        gateway = Gateway(config)
+        address = await gateway.start()
+        watch = asyncio.create_task(gateway.watch())
+        try:
+            async with asyncio.timeout(10), grpc.aio.insecure_channel(address) as channel:
+                await gateway.is_ready.wait()
+                running = Running(gateway, scheduler, controller, address, channel)
+                async with asyncio.timeout(None):
+                    yield running
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            await gateway.stop()
+
+
+def details_of(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo, list[str], float | None]:
+    """The reason and numbers, the fields at fault, and the retry delay of an error."""
+    info, fields, delay_s = error_details_pb2.ErrorInfo(), [], None
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            status = status_pb2.Status.FromString(value)
+            assert (status.code, status.message) == (error.code().value[0], error.details())
+            for detail in status.details:
+                bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+                if detail.Is(info.DESCRIPTOR):
+                    detail.Unpack(info)
+                elif detail.Is(bad.DESCRIPTOR):
+                    detail.Unpack(bad)
+                    fields += [violation.field for violation in bad.field_violations]
+                elif detail.Is(retry.DESCRIPTOR):
+                    detail.Unpack(retry)
+                    delay_s = retry.retry_delay.ToTimedelta().total_seconds()
+    return info, fields, delay_s
+
+
+def read_report(path: Path) -> dict[str, str] | None:
+    """What the gateway process reported, if it has."""
+    return json.loads(path.read_text()) if path.exists() else None

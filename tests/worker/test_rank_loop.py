@@ -1,0 +1,84 @@
+"""The main loop of a rank in this process, with the scheduler's end of the socket in a thread."""
+
+import signal
+import threading
+
+import pytest
+import zmq
+
+from quire.common.messages import PROTOCOL_VERSION, RankHello, StepAck, StepPlan, decode_rank_up, encode
+from quire.worker.rank_loop import RankLoop
+from quire.worker.rank_spec import RankSpec
+
+HELLO = RankHello(PROTOCOL_VERSION, "g", 3, 0, 256, 0, 1, 0.0, 0.0, (), 10, "", 1)
+TIMEOUT_S = 20
+
+
+@pytest.fixture
+def run(make_runner):
+    """Runs a rank on the frames that it is sent after its hello; its exit code and what it answered."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run_rank(*frames, num_answers, rank_lease_s=TIMEOUT_S):
+        context = zmq.Context()
+        router = context.socket(zmq.ROUTER)
+        router.linger = 0
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        answers = []
+
+        def receive():
+            assert router.poll(TIMEOUT_S * 1000)
+            answers.append(decode_rank_up(router.recv_multipart()[1]))
+
+        def plan():
+            receive()
+            for frame in frames:
+                router.send_multipart([b"g/0", frame])
+            for _ in range(num_answers):
+                receive()
+
+        spec = RankSpec(
+            "g", 3, 0, 1, "", "cpu", "float32", 256, 0, 4, 200, 10, 128, f"tcp://127.0.0.1:{port}", rank_lease_s, 1, "info", ""
+        )  # fmt: skip
+        scheduler = threading.Thread(target=plan)
+        scheduler.start()
+        code = RankLoop(spec, make_runner()).run(HELLO)
+        scheduler.join()
+        router.close()
+        context.term()
+        assert answers[0] == HELLO
+        return code, answers[1:]
+
+    yield run_rank
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize(
+    ("frames", "term", "step_id", "error"),
+    [
+        ([encode(StepPlan(3, 1))], 3, 1, "step 1 came where step 0 was due"),
+        ([encode(StepPlan(2, 5)), encode(StepPlan(4, 1))], 4, 1, "step 1 came where step 0 was due"),
+        ([encode(StepPlan(3, 0, swap_in=((0, 1, 2),)))], 3, 0, "StepPlan.swap_in is not supported"),
+        ([encode(StepPlan(3, 0, remove_rows=(4,)))], 3, 0, "row 4 is not in the batch"),
+        ([b"\xc1"], 3, 0, "could not be decoded"),
+    ],
+)
+def test_a_plan_that_cannot_be_obeyed_is_answered_with_its_error_and_ends_the_rank(run, frames, term, step_id, error):
+    code, (ack,) = run(*frames, num_answers=1)
+    assert code == 1
+    assert isinstance(ack, StepAck)
+    assert (ack.term, ack.step_id) == (term, step_id)
+    assert error in ack.error
+
+
+def test_a_step_sent_twice_ends_the_rank(run):
+    code, answers = run(encode(StepPlan(3, 0)), encode(StepPlan(3, 0)), num_answers=3)
+    assert code == 1
+    assert "a plan was lost or sent twice" in answers[2].error
+
+
+def test_a_heartbeat_extends_the_lease_and_its_end_ends_the_rank(run, caplog):
+    code, answers = run(encode(StepPlan(3, 0)), num_answers=2, rank_lease_s=0.2)
+    assert code == 1
+    assert [answer.step_id for answer in answers] == [0, 0]
+    assert "no plan for 0.2 s" in caplog.text

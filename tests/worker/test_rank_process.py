@@ -1,0 +1,151 @@
+"""A rank as the child process that it is, planned for over a real socket."""
+
+import json
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+import zmq
+
+from quire.common.child_process import start_child
+from quire.common.messages import (
+    LAYOUT_VERSION,
+    PROTOCOL_VERSION,
+    Chunk,
+    RankHello,
+    RowAdd,
+    SamplingState,
+    StepPlan,
+    StepResult,
+    decode_rank_up,
+    encode,
+)
+from quire.common.model_folder import read_model_folder
+
+START_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 20
+
+
+class Rank:
+    """The scheduler's end of a rank process."""
+
+    def __init__(self, context, folder, **changes):
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.linger = 0
+        port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        self.spec = {
+            "group_id": "g", "term": 3, "rank": 0, "tensor_parallel_size": 1, "model_path": str(folder), "device": "cpu",
+            "dtype": "float32", "num_gpu_blocks": 64, "num_cpu_blocks": 0, "block_size": 4, "max_model_len": 200, "max_sequences": 8,
+            "max_batched_tokens": 128, "scheduler_address": f"tcp://127.0.0.1:{port}", "rank_lease_s": 30.0, "num_threads": 1,
+            "log_level": "info", "report_path": "", **changes,
+        }  # fmt: skip
+        self.process = start_child("quire.worker.rank_process", self.spec)
+
+    def receive(self, timeout_s=ANSWER_TIMEOUT_S):
+        assert self.socket.poll(timeout_s * 1000), "the rank is silent"
+        identity, frame = self.socket.recv_multipart()
+        assert identity == b"g/0"
+        return decode_rank_up(frame)
+
+    def hello(self):
+        return self.receive(START_TIMEOUT_S)
+
+    def send(self, plan):
+        self.socket.send_multipart([b"g/0", encode(plan)])
+
+    def step(self, plan):
+        self.send(plan)
+        result, ack = self.receive(), self.receive()
+        assert isinstance(result, StepResult)
+        assert (ack.term, ack.step_id, ack.rank, ack.error) == (plan.term, plan.step_id, 0, "")
+        return result
+
+    def wait(self):
+        return self.process.wait(ANSWER_TIMEOUT_S)
+
+
+@pytest.fixture
+def start(tiny_folder):
+    """Starts ranks; none outlives the test."""
+    context = zmq.Context()
+    ranks = []
+
+    @contextmanager
+    def closing():
+        yield
+        for rank in ranks:
+            rank.process.kill()
+            rank.process.wait()
+            rank.socket.close()
+        context.term()
+
+    def make(folder=tiny_folder, **changes):
+        ranks.append(Rank(context, folder, **changes))
+        return ranks[-1]
+
+    with closing():
+        yield make
+
+
+def a_prompt(row=0, count=6, first_block=0):
+    added = RowAdd(row, tuple(range(5, 5 + count)), count, 0, tuple(range(first_block, first_block + 4)), 0, SamplingState(temperature=0.0))
+    return {"add_rows": (added,), "chunks": (Chunk(row, 0, count, True),), "samples": ((row, row),)}
+
+
+def test_a_rank_says_hello_obeys_plans_in_order_and_leaves_when_asked(start, tiny_folder):
+    started_s = time.monotonic()
+    rank = start()
+    hello = rank.hello()
+    print(f"hello after {time.monotonic() - started_s:.2f} s")
+    assert isinstance(hello, RankHello)
+    assert (hello.version, hello.group_id, hello.term, hello.rank) == (PROTOCOL_VERSION, "g", 3, 0)
+    assert (hello.num_gpu_blocks, hello.num_cpu_blocks, hello.max_rows, hello.layout_version) == (64, 0, 8, LAYOUT_VERSION)
+    assert hello.block_bytes == 4 * read_model_folder(tiny_folder).kv_bytes_per_token(dtype="float32", tensor_parallel_size=1)
+    assert hello.model_fingerprint == read_model_folder(tiny_folder).fingerprint
+    assert (hello.device, hello.pid, hello.h2d_bytes_per_s) == ("cpu", rank.process.pid, 0.0)
+    assert [length for length, _ in hello.prefill_tokens_per_s] == [16, 64][: len(hello.prefill_tokens_per_s)]
+    assert all(speed > 0 for _, speed in hello.prefill_tokens_per_s)
+
+    assert rank.step(StepPlan(3, 0)).counts == ()
+    first = rank.step(StepPlan(3, 1, **a_prompt()))
+    second = rank.step(StepPlan(3, 2))
+    assert first.counts == second.counts == (1,)
+    rank.send(StepPlan(2, 77))  # of an older term: not obeyed, not answered
+    assert rank.step(StepPlan(3, 3, remove_rows=(0,))).counts == ()
+    assert rank.step(StepPlan(3, 4)).device_s == 0.0
+    assert rank.step(StepPlan(3, 5, **a_prompt(row=7, first_block=60))).token_ids == first.token_ids
+
+    # A higher term begins at step 0 with an empty batch.
+    again = rank.step(StepPlan(4, 0, **a_prompt()))
+    assert again.token_ids == first.token_ids
+    # Two plans may be on their way.
+    rank.send(StepPlan(4, 1))
+    rank.send(StepPlan(4, 2, remove_rows=(0,)))
+    assert [rank.receive().step_id for _ in range(4)] == [1, 1, 2, 2]
+
+    os.kill(rank.process.pid, signal.SIGTERM)
+    assert rank.wait() == 0
+
+
+def test_a_rank_without_plans_ends_when_its_lease_does(start):
+    rank = start(rank_lease_s=0.5)
+    rank.hello()
+    assert rank.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_gpu_blocks": 10**10}, "the KV pool needs 10000000000 blocks of 2048 bytes"),
+        ({"model_path": "/nowhere"}, "/nowhere is not a folder"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size = 2 is not supported"),
+    ],
+)
+def test_a_rank_that_cannot_start_leaves_its_reason(start, tmp_path, changes, message):
+    report = tmp_path / "report.json"
+    rank = start(report_path=str(report), **changes)
+    assert rank.process.wait(START_TIMEOUT_S) == 1
+    assert message in json.loads(report.read_text())["error"]
+    assert list(tmp_path.iterdir()) == [report]

@@ -1,0 +1,346 @@
+import random
+
+import pytest
+import torch
+from plan_driver import GREEDY, PlanDriver
+from tiny_models import DEMO_MODEL
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from quire.common.errors import InternalError, NotSupported
+from quire.common.messages import Chunk, DrawPurpose, RowAdd, RowErrorCode, SamplingState, StepPlan
+from quire.kernels.sample import SamplingInputs, gumbel_noise
+
+NUM_TOKENS = 10
+PROMPT_LENGTHS = (1, 7, 16, 33, 2, 48, 5, 17)
+
+
+def prompts_of(lengths=PROMPT_LENGTHS, seed=0):
+    chance = random.Random(seed)
+    return [[chance.randrange(3, 4096) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_folder):
+    """What transformers' own greedy generate continues each prompt with, by model."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=NUM_TOKENS, eos_token_id=None, pad_token_id=0)
+
+    def continue_all(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+        outputs = [model.generate(torch.tensor([prompt]), generation_config=config)[0].tolist() for prompt in prompts_of()]
+        return [output[len(prompt) :] for output, prompt in zip(outputs, prompts_of(), strict=True)]
+
+    return {"tiny": continue_all(tiny_folder), "demo": continue_all(DEMO_MODEL)}
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "block_size", "chunk", "stagger"),
+    [
+        ("tiny", 1, 1, 0),
+        ("tiny", 1, 16, 2),
+        ("tiny", 4, 7, 1),
+        ("tiny", 4, 1, 3),
+        ("tiny", 16, 16, 2),
+        ("tiny", 16, 1000, 0),
+        ("demo", 4, 7, 2),
+        ("demo", 16, 16, 1),
+        ("demo", 16, 1000, 0),
+    ],
+)
+def test_eight_at_once_are_continued_as_transformers_continues_each_alone(make_runner, expected, model, block_size, chunk, stagger):
+    driver = PlanDriver(make_runner(model, block_size=block_size, num_blocks=512))
+    assert driver.generate(prompts_of(), num_tokens=NUM_TOKENS, chunk=chunk, stagger=stagger) == expected[model]
+
+
+@pytest.mark.parametrize("model", ["tiny", "demo"])
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_a_prompt_alone_is_continued_as_by_transformers(make_runner, expected, model, chunk):
+    driver = PlanDriver(make_runner(model, block_size=16))
+    for index in (0, 3):
+        assert driver.generate([prompts_of()[index]], num_tokens=NUM_TOKENS, chunk=chunk) == [expected[model][index]]
+
+
+def test_seeded_sampling_gives_the_same_tokens_alone_and_in_a_crowd(make_runner):
+    prompts = prompts_of()
+    states = [
+        SamplingState(
+            temperature=0.8 + 0.1 * (i % 3),
+            top_k=(0, 20)[i % 2],
+            top_p=(1.0, 0.9)[i // 4],
+            min_p=(0.0, 0.01)[i % 3 == 2],
+            seed=2**64 - 1 - i,
+        )
+        for i in range(len(prompts))
+    ]
+    driver = PlanDriver(make_runner(block_size=4))
+    crowd = driver.generate(prompts, num_tokens=12, chunk=7, sampling=states, stagger=1)
+    for index, prompt in enumerate(prompts):
+        alone = PlanDriver(make_runner(block_size=16), seed=1).generate([prompt], num_tokens=12, chunk=100, sampling=[states[index]])
+        assert alone == [crowd[index]]
+    assert len({tuple(tokens) for tokens in crowd}) == len(prompts)
+
+
+def test_a_token_is_drawn_with_the_noise_of_the_place_that_it_takes(make_runner, models):
+    prompt = prompts_of()[1]
+    state = SamplingState(temperature=1.0, seed=9, sequence_index=2)
+    tokens = PlanDriver(make_runner()).generate([prompt], num_tokens=4, chunk=7, sampling=[state])[0]
+    for offset, token_id in enumerate(tokens):
+        position = len(prompt) + offset
+        ones = torch.ones(1)
+        inputs = SamplingInputs(ones, ones, ones, ones, torch.tensor([9]), torch.tensor([2]), torch.tensor([position]))
+        logits = models["tiny"].own_logits(torch.tensor(prompt + tokens[:offset]))[-1:]
+        assert int((logits + gumbel_noise(4096, inputs, purpose=DrawPurpose.TARGET)).argmax()) == token_id
+
+
+def test_a_resumed_row_draws_what_it_would_have_drawn(make_runner):
+    prompt = prompts_of()[3]
+    state = SamplingState(temperature=1.0, top_p=0.95, seed=5)
+    whole = PlanDriver(make_runner()).generate([prompt], num_tokens=12, chunk=16, sampling=[state])[0]
+    driver = PlanDriver(make_runner())
+    resumed = prompt + whole[:5]
+    added = RowAdd(3, tuple(resumed), len(prompt), 0, driver.blocks(len(prompt) + 12), 0, state)
+    tokens = list(driver.step(add_rows=(added,), chunks=(Chunk(3, 0, len(resumed), True),), samples=((3, 3),)).token_ids)
+    while len(tokens) < 7:
+        tokens += driver.step().token_ids
+    assert tokens == whole[5:]
+
+
+def test_a_prefix_that_is_already_computed_is_not_computed_again(make_runner, expected):
+    driver = PlanDriver(make_runner(block_size=4))
+    prompt = prompts_of()[3]
+    first = driver.add(0, prompt, room=NUM_TOKENS)
+    driver.step(add_rows=(first,), chunks=(Chunk(0, 0, len(prompt), True),), samples=((0, 0),))
+    own = driver.blocks(1 + NUM_TOKENS)
+    second = RowAdd(1, tuple(prompt), len(prompt), 32, first.block_ids[:8] + own, 0, GREEDY)
+    result = driver.step(remove_rows=(0,), add_rows=(second,), chunks=(Chunk(1, 32, 1, True),), samples=((1, 1),))
+    tokens = list(result.token_ids)
+    while len(tokens) < NUM_TOKENS:
+        tokens += driver.step().token_ids
+    assert tokens == expected["tiny"][3]
+
+
+def test_results_come_samples_first_then_sticky_rows_ascending(make_runner, expected):
+    driver = PlanDriver(make_runner())
+    prompts = prompts_of()
+    adds = [driver.add(row, prompts[index], room=4) for row, index in ((9, 1), (2, 2))]
+    result = driver.step(add_rows=tuple(adds), chunks=(Chunk(9, 0, 7, True), Chunk(2, 0, 16, True)), samples=((9, 9), (2, 2)))
+    assert result.token_ids == (expected["tiny"][1][0], expected["tiny"][2][0])
+    third = driver.add(5, prompts[6], room=4)
+    result = driver.step(add_rows=(third,), chunks=(Chunk(5, 0, 5, True),), samples=((5, 5),))
+    assert result.token_ids == (expected["tiny"][6][0], expected["tiny"][2][1], expected["tiny"][1][1])
+
+
+# -- forks, copy-on-write, holds --------------------------------------------------------------------------------------
+
+
+def test_samples_of_one_prompt_share_blocks_until_they_write_and_draw_as_if_alone(make_runner):
+    prompt = prompts_of()[1]  # 7 tokens in blocks of 4: the second block is shared and not full
+    states = [SamplingState(temperature=1.0, seed=9, sequence_index=i) for i in range(3)]
+    alone = [PlanDriver(make_runner()).generate([prompt], num_tokens=8, chunk=16, sampling=[state])[0] for state in states]
+    assert len({tuple(tokens) for tokens in alone}) == 3
+
+    driver = PlanDriver(make_runner())
+    added = driver.add(4, prompt, states[0])
+    shared = added.block_ids[1]
+    result = driver.step(add_rows=(added,), forks=((4, 1), (4, 7)), chunks=(Chunk(4, 0, 7, True),), samples=((4, 4), (4, 1), (4, 7)))
+    drawn = {4: [result.token_ids[0]], 1: [result.token_ids[1]], 7: [result.token_ids[2]]}
+    rows = driver.runner.batch.rows
+    assert rows[4].block_ids == rows[1].block_ids == rows[7].block_ids
+
+    copies = driver.blocks(8)
+    for step in range(7):
+        grows = driver.blocks(3 * 4) if step in (1, 5) else ()
+        result = driver.step(
+            cow=((shared, copies[0]), (shared, copies[1])) if step == 0 else (),
+            grow_rows=(1, 4, 7) if grows else (),
+            grow_block_ids=grows,
+        )
+        for row, token_id in zip((1, 4, 7), result.token_ids, strict=True):
+            drawn[row].append(token_id)
+    # Ascending rows take the copies as listed; the last holder writes in place.
+    assert [rows[row].block_ids[1] for row in (1, 4, 7)] == [copies[0], copies[1], shared]
+    assert [drawn[4], drawn[1], drawn[7]] == alone
+
+
+def test_a_fork_into_an_added_row_keeps_that_rows_own_sampling_state(make_runner):
+    driver = PlanDriver(make_runner())
+    prompt = prompts_of()[1]
+    added = driver.add(0, prompt, SamplingState(temperature=1.0, seed=9), room=1)
+    other = SamplingState(temperature=1.0, seed=9, sequence_index=2)
+    empty = RowAdd(1, (), len(prompt), 0, (), 0, other)
+    result = driver.step(add_rows=(added, empty), forks=((0, 1),), chunks=(Chunk(0, 0, 7, True),), samples=((0, 0), (0, 1)))
+    alone = PlanDriver(make_runner()).generate([prompt], num_tokens=1, chunk=7, sampling=[other])
+    assert [result.token_ids[1]] == alone[0]
+
+
+def test_a_held_row_waits_and_goes_on_where_it_stood(make_runner, expected):
+    driver = PlanDriver(make_runner())
+    prompts = prompts_of()
+    adds = tuple(driver.add(row, prompts[row], room=NUM_TOKENS) for row in (0, 1))
+    chunks = tuple(Chunk(row, 0, len(prompts[row]), True) for row in (0, 1))
+    drawn = {0: [], 1: []}
+
+    def note(result, *rows):
+        for row, token_id in zip(rows, result.token_ids, strict=True):
+            drawn[row].append(token_id)
+
+    note(driver.step(add_rows=adds, chunks=chunks, samples=((0, 0), (1, 1))), 0, 1)
+    note(driver.step(hold_rows=(0,)), 1)
+    note(driver.step(), 1)
+    note(driver.step(hold_rows=(~0, 1)), 0)
+    note(driver.step(hold_rows=(~1,)), 0, 1)
+    assert drawn == {0: expected["tiny"][0][:3], 1: expected["tiny"][1][:4]}
+
+
+# -- sampling state ---------------------------------------------------------------------------------------------------
+
+
+def test_min_tokens_forbids_stop_tokens_until_it_is_reached(make_runner, expected):
+    prompt, free = prompts_of()[3], expected["tiny"][3]
+    state = SamplingState(temperature=0.0, min_tokens=3, stop_ids=(free[0], free[1]))
+    tokens = PlanDriver(make_runner()).generate([prompt], num_tokens=NUM_TOKENS, chunk=16, sampling=[state])[0]
+    assert not {free[0], free[1]}.intersection(tokens[:3])
+    unbound = SamplingState(temperature=0.0, min_tokens=0, stop_ids=(free[0], free[1]))
+    assert PlanDriver(make_runner()).generate([prompt], num_tokens=NUM_TOKENS, chunk=16, sampling=[unbound])[0] == free
+
+
+def test_a_row_whose_every_token_is_forbidden_fails_alone(make_runner, expected):
+    driver = PlanDriver(make_runner())
+    prompts = prompts_of()
+    closed = SamplingState(temperature=1.0, min_tokens=5, stop_ids=tuple(range(4096)))
+    adds = (driver.add(0, prompts[1], closed, room=1), driver.add(1, prompts[3], room=1))
+    result = driver.step(add_rows=adds, chunks=(Chunk(0, 0, 7, True), Chunk(1, 0, 33, True)), samples=((0, 0), (1, 1)))
+    assert result.row_errors == ((0, RowErrorCode.NO_ALLOWED_TOKEN),)
+    assert (result.counts, result.token_ids) == ((0, 1), (expected["tiny"][3][0],))
+
+
+def test_a_row_with_nan_fails_alone_and_may_decode_once_more_before_it_is_removed(make_runner, models, expected):
+    poisoned = 7
+    weights = models["tiny"].module.get_input_embeddings().weight
+    before = weights[poisoned].clone()
+    weights[poisoned] = float("nan")
+    try:
+        driver = PlanDriver(make_runner())
+        prompts = prompts_of()
+        bad = [5, poisoned, 9]
+        adds = (driver.add(0, bad, room=4), driver.add(1, prompts[3], room=8), driver.add(2, bad, SamplingState(top_p=0.9), room=4))
+        chunks = (Chunk(0, 0, 3, True), Chunk(1, 0, 33, True), Chunk(2, 0, 3, True))
+        result = driver.step(add_rows=adds, chunks=chunks, samples=((0, 0), (1, 1), (2, 2)))
+        assert result.row_errors == ((0, RowErrorCode.NOT_FINITE), (2, RowErrorCode.NOT_FINITE))
+        assert (result.counts, result.token_ids) == ((0, 1, 0), (expected["tiny"][3][0],))
+        result = driver.step()
+        assert (result.counts, result.token_ids) == ((0, 1, 0), (expected["tiny"][3][1],))
+        result = driver.step(remove_rows=(0, 2))
+        assert (result.counts, result.token_ids, result.row_errors) == ((1,), (expected["tiny"][3][2],), ())
+        # The blocks that it leaves hold NaN; whoever gets them next is not touched by it.
+        again = RowAdd(0, tuple(prompts[0]), 1, 0, adds[0].block_ids, 0, GREEDY)
+        result = driver.step(add_rows=(again,), chunks=(Chunk(0, 0, 1, True),), samples=((0, 0),))
+        assert result.token_ids[0] == expected["tiny"][0][0]
+        assert driver.step().token_ids[0] == expected["tiny"][0][1]
+    finally:
+        weights[poisoned] = before
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_plan_is_a_heartbeat(make_runner):
+    driver = PlanDriver(make_runner())
+    result = driver.step()
+    assert (result.counts, result.device_s) == ((), 0.0)
+    assert driver.last_ack.error == ""
+
+
+def test_a_step_without_a_last_chunk_gives_no_token(make_runner):
+    driver = PlanDriver(make_runner())
+    result = driver.step(add_rows=(driver.add(0, prompts_of()[3]),), chunks=(Chunk(0, 0, 5, False),))
+    assert result.counts == result.token_ids == ()
+
+
+def test_checksums_follow_lengths_and_blocks_not_tokens(make_runner):
+    def checksums(seed, room):
+        driver = PlanDriver(make_runner())
+        added = driver.add(0, prompts_of(seed=seed)[1], room=room)
+        driver.step(add_rows=(added,), chunks=(Chunk(0, 0, 7, True),), samples=((0, 0),), debug_checksum=True)
+        first = driver.last_ack.checksum
+        driver.step(debug_checksum=True)
+        return first, driver.last_ack.checksum
+
+    assert checksums(0, 2) == checksums(1, 2)
+    assert checksums(0, 2)[0] != checksums(0, 2)[1]
+    assert checksums(0, 2)[0] != checksums(0, 9)[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"swap_out": ((0, 1, 2),)}, "swap_out"),
+        ({"swap_in": ((0, 1, 2),)}, "swap_in"),
+        ({"wait_copies": (0,)}, "wait_copies"),
+        ({"draft_rows": (0,), "draft_ids": ((1,),)}, "draft_rows"),
+    ],
+)
+def test_a_plan_that_asks_for_what_is_not_there_is_refused_by_field(make_runner, fields, name):
+    with pytest.raises(NotSupported, match=f"StepPlan.{name} "):
+        make_runner().execute(StepPlan(1, 0, **fields))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"bias": ((1, 2.0),)},
+        {"allowed_ids": (1,)},
+        {"bad_ids": (1,)},
+        {"num_logprobs": 0},
+        {"prompt_logprobs": 1},
+        {"beam_candidates": 4},
+        {"grammar_id": 0},
+    ],
+    ids=str,
+)
+def test_a_sampling_state_that_asks_for_what_is_not_there_is_refused_by_field(make_runner, change):
+    driver = PlanDriver(make_runner())
+    with pytest.raises(NotSupported, match=f"SamplingState.{next(iter(change))} "):
+        driver.step(add_rows=(driver.add(0, [1, 2], SamplingState(**change)),))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"remove_rows": (3,)}, "row 3 is not in the batch"),
+        ({"add_rows": (RowAdd(0, (1,), 1, 0, (0,), 0, GREEDY),)}, "row 0 is in use"),
+        ({"add_rows": (RowAdd(10, (1,), 1, 0, (0,), 0, GREEDY),)}, "outside the batch"),
+        ({"add_rows": (RowAdd(1, (4096,), 1, 0, (0,), 0, GREEDY),)}, "ids are below 4096"),
+        ({"add_rows": (RowAdd(1, (1,) * 201, 201, 0, (0,), 0, GREEDY),)}, "200 fit"),
+        ({"add_rows": (RowAdd(1, (1,), 1, 0, (256,), 0, GREEDY),)}, "ids are below 256"),
+        ({"add_rows": (RowAdd(1, (1,), 1, 0, (0,), 7, GREEDY),)}, "adapter 7"),
+        ({"grow_rows": (0,), "grow_block_ids": (-1,)}, "row 0 has 2 blocks and gets"),
+        ({"chunks": (Chunk(0, 1, 3, False),)}, "row 0 is to compute tokens 1 to 3"),
+        ({"chunks": (Chunk(0, 0, 8, False),)}, "row 0 is to compute tokens 0 to 7"),
+        ({"chunks": (Chunk(0, 0, 7, True),)}, "not at all after its last chunk"),
+        ({"chunks": (Chunk(0, 0, 3, True),), "samples": ((0, 0),)}, "3 of 7 tokens computed"),
+        ({"chunks": (Chunk(0, 0, 7, True),), "samples": ((0, 0), (0, 0))}, "samples a row twice"),
+        ({"chunks": (Chunk(0, 0, 7, True),), "samples": ((0, 0), (1, 1))}, "computes only"),
+        ({"samples": ((0, 0),)}, "computes none"),
+        ({"cow": ((0, 1),)}, "block 0 is to be copied to 1"),
+        ({"hold_rows": (~5,)}, "row 5 is not in the batch"),
+    ],
+)
+def test_a_plan_that_contradicts_the_batch_is_an_error_with_the_values(make_runner, fields, message):
+    driver = PlanDriver(make_runner())
+    driver.free_blocks.remove(0)
+    driver.step(add_rows=(driver.add(0, prompts_of()[1]),))
+    with pytest.raises(InternalError, match=message):
+        driver.step(**fields)
+
+
+def test_a_row_without_a_slot_for_its_token_is_an_error(make_runner):
+    driver = PlanDriver(make_runner(block_size=1))
+    driver.step(add_rows=(driver.add(0, [5, 6]),), chunks=(Chunk(0, 0, 2, True),), samples=((0, 0),))
+    with pytest.raises(InternalError, match="slots for 2"):
+        driver.step()

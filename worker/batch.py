@@ -1,0 +1,199 @@
+"""The batch that lives on a rank: a row per running sequence, on the device, with the host's knowledge of its sizes."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import torch
+from torch import Tensor
+
+from quire.common.errors import InternalError
+from quire.common.messages import RowAdd, SamplingState
+from quire.worker.sampling_rows import SamplingRows, refuse_unsupported
+
+
+@dataclass(slots=True)
+class Row:
+    """What the plans alone say about a row: everything but its tokens' ids."""
+
+    # Invariant: num_computed <= length; the slots of [0, num_computed) lie in block_ids.
+    length: int  # tokens of prompt and completion, sampled ones included
+    prompt_len: int
+    num_computed: int
+    block_ids: list[int]
+    sampling: SamplingState
+    is_sticky: bool = False  # sampled once: decodes one token in every step
+    is_held: bool = False
+
+
+class Batch:
+    """Rows of fixed number and width. The host never waits for the device here: sizes follow from the plans.
+
+    tokens:       [max_rows, max_tokens_per_row] int64
+    lengths:      [max_rows] int64
+    block_tables: [max_rows, max_blocks_per_row] int64
+
+    Every method raises InternalError when the plan contradicts what the rank holds; the rank must then not go on.
+    """
+
+    def __init__(self, *, max_rows: int, max_tokens_per_row: int, block_size: int, num_blocks: int, vocab_size: int, device: str) -> None:
+        self.rows: dict[int, Row] = {}
+        self.block_size = block_size
+        self.device = device
+        self._max_rows = max_rows
+        self._max_tokens_per_row = max_tokens_per_row
+        # One more than the tokens need: a plan may give a row its next block before its end is known.
+        self._max_blocks_per_row = -(-max_tokens_per_row // block_size) + 1
+        self._num_blocks = num_blocks
+        self._vocab_size = vocab_size
+        self.tokens = torch.zeros((max_rows, max_tokens_per_row), dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.block_tables = torch.zeros((max_rows, self._max_blocks_per_row), dtype=torch.int64, device=device)
+        self.sampling = SamplingRows(max_rows=max_rows, device=device)
+
+    # -- what plans change ------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.rows.clear()
+
+    def remove(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._row(row)
+            del self.rows[row]
+
+    def add(self, adds: Sequence[RowAdd]) -> None:
+        for added in adds:
+            _check(added.row not in self.rows and 0 <= added.row < self._max_rows, f"row {added.row} is in use or outside the batch")
+            _check(added.adapter_id == 0, f"row {added.row} wants adapter {added.adapter_id}; this rank has none")
+            _check(
+                len(added.token_ids) <= self._max_tokens_per_row
+                and 0 <= min(added.token_ids, default=0) <= max(added.token_ids, default=0) < self._vocab_size,
+                f"row {added.row} has {len(added.token_ids)} tokens; ids are below {self._vocab_size}, {self._max_tokens_per_row} fit",
+            )
+            self._check_blocks(added.row, added.block_ids, num_held=0)
+            _check(
+                added.num_computed <= min(len(added.token_ids), len(added.block_ids) * self.block_size),
+                f"row {added.row} has {added.num_computed} computed tokens of {len(added.token_ids)} in {len(added.block_ids)} blocks",
+            )
+            refuse_unsupported(added.sampling)
+            self.rows[added.row] = Row(len(added.token_ids), added.prompt_len, added.num_computed, list(added.block_ids), added.sampling)
+            self.tokens[added.row, : len(added.token_ids)] = self._tensor(added.token_ids)
+            self.lengths[added.row] = len(added.token_ids)
+            self.block_tables[added.row, : len(added.block_ids)] = self._tensor(added.block_ids)
+            self.sampling.set(added.row, added.sampling)
+
+    def grow(self, rows: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Append a block to a row's table, for each pair in order."""
+        if not rows:
+            return
+        indices = []
+        for row, block_id in zip(rows, block_ids, strict=True):
+            table = self._row(row).block_ids
+            self._check_blocks(row, (block_id,), num_held=len(table))
+            indices.append(len(table))
+            table.append(block_id)
+        self.block_tables[self._tensor(rows), self._tensor(indices)] = self._tensor(block_ids)
+
+    def fork(self, forks: Sequence[tuple[int, int]]) -> None:
+        """Give target rows the tokens, block table and computed length of source rows.
+
+        A target that was added keeps its own sampling state. A free one takes the source's, its sequence_index raised by 1
+        for the source's first fork of this plan, by 2 for the second, and so on: samples of one request draw differently.
+        """
+        num_forks: dict[int, int] = {}
+        for source, target in forks:
+            origin = self._row(source)
+            num_forks[source] = num_forks.get(source, 0) + 1
+            if target in self.rows:
+                sampling = self.rows[target].sampling
+            else:
+                _check(0 <= target < self._max_rows, f"row {target} is outside the batch")
+                sequence_index = origin.sampling.sequence_index + num_forks[source]
+                sampling = msgspec.structs.replace(origin.sampling, sequence_index=sequence_index)
+                self.sampling.set(target, sampling)
+            self.rows[target] = replace(origin, block_ids=list(origin.block_ids), sampling=sampling, is_held=False)
+            self.tokens[target] = self.tokens[source]
+            self.lengths[target] = self.lengths[source]
+            self.block_tables[target] = self.block_tables[source]
+
+    def hold(self, hold_rows: Sequence[int]) -> None:
+        """Hold each row >= 0, release each row whose complement is given."""
+        for row in hold_rows:
+            self._row(row if row >= 0 else ~row).is_held = row >= 0
+
+    def replace_block(self, row: int, index: int, block_id: int) -> None:
+        """Put a copy in the place of a shared block of a row's table."""
+        self._check_blocks(row, (block_id,), num_held=index)
+        self.rows[row].block_ids[index] = block_id
+        self.block_tables[row, index] = block_id
+
+    # -- what steps ask and change ----------------------------------------------------------------------------------
+
+    def decoding_rows(self) -> list[int]:
+        """The rows that decode a token in this step, ascending."""
+        return sorted(row for row, state in self.rows.items() if state.is_sticky and not state.is_held)
+
+    def check_slots(self, row: int, *, start: int, end: int) -> None:
+        """That tokens [start, end) of a row are the next ones to compute and have slots."""
+        state = self._row(row)
+        _check(
+            state.num_computed == start < end <= min(state.length, len(state.block_ids) * self.block_size),
+            f"row {row} is to compute tokens {start} to {end - 1}; it has {state.length} tokens, {state.num_computed} of them computed, "
+            f"and slots for {len(state.block_ids) * self.block_size}",
+        )
+
+    def append(self, rows: Sequence[int], token_ids: Tensor) -> None:
+        """Append a sampled token to each row, which from now on is sticky.
+
+        token_ids: [len(rows)] int64
+        """
+        for row in rows:
+            state = self.rows[row]
+            _check(state.length < self._max_tokens_per_row, f"row {row} would pass {self._max_tokens_per_row} tokens")
+            state.length += 1
+            state.is_sticky = True
+        indices = self._tensor(rows)
+        self.tokens[indices, self.lengths[indices]] = token_ids
+        self.lengths[indices] += 1
+
+    def checksum(self) -> int:
+        """crc32 of the device's lengths and block tables: ranks of a group must agree after every step.
+
+        The bytes, for each row in ascending order: row, length, number of blocks, block ids; little-endian int32 each.
+        """
+        crc = 0
+        for row in sorted(self.rows):
+            num_blocks = len(self.rows[row].block_ids)
+            words = [row, int(self.lengths[row]), num_blocks, *self.block_tables[row, :num_blocks].tolist()]
+            crc = zlib.crc32(b"".join(word.to_bytes(4, "little") for word in words), crc)
+        return crc
+
+    def check(self) -> None:
+        """Assert every invariant, the device's copy included."""
+        for row, state in self.rows.items():
+            assert state.num_computed <= min(state.length, len(state.block_ids) * self.block_size), (row, state)
+            assert int(self.lengths[row]) == state.length, (row, state)
+            assert self.block_tables[row, : len(state.block_ids)].tolist() == state.block_ids, (row, state)
+
+    # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _row(self, row: int) -> Row:
+        _check(row in self.rows, f"row {row} is not in the batch")
+        return self.rows[row]
+
+    def _check_blocks(self, row: int, block_ids: Sequence[int], *, num_held: int) -> None:
+        _check(
+            all(0 <= block_id < self._num_blocks for block_id in block_ids) and num_held + len(block_ids) <= self._max_blocks_per_row,
+            f"row {row} has {num_held} blocks and gets {list(block_ids)[:8]}; ids are below {self._num_blocks} and "
+            f"at most {self._max_blocks_per_row} fit",
+        )
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _check(is_true: bool, message: str) -> None:
+    if not is_true:
+        raise InternalError(f"the plan does not fit the batch: {message}")

@@ -1,0 +1,119 @@
+"""A rank's main loop: receive a plan, execute it, answer."""
+
+import logging
+import signal
+import socket
+import time
+from typing import Any, Final
+
+import msgspec
+import zmq
+
+from quire.common.errors import InternalError
+from quire.common.messages import RankHello, StepAck, StepPlan, decode_rank_down, encode
+from quire.worker.rank_spec import RankSpec
+from quire.worker.runner import Runner
+
+_log = logging.getLogger(__name__)
+
+# Messages that may wait on the socket in either direction; the scheduler has at most two plans outstanding.
+MAX_QUEUED_MESSAGES: Final = 64
+# How long an exiting rank waits for its last messages to leave.
+LINGER_S: Final = 1.0
+# How long a message may wait for room on the socket before the scheduler counts as gone.
+SEND_TIMEOUT_S: Final = 5.0
+
+
+class RankLoop:
+    """The link to the scheduler and what comes through it."""
+
+    def __init__(self, spec: RankSpec, runner: Runner) -> None:
+        self._spec = spec
+        self._runner = runner
+        self._term = spec.term
+        self._next_step_id = 0
+        self._is_stopping = False
+
+    def run(self, hello: RankHello) -> int:
+        """Say hello and obey plans until the end; the process's exit code.
+
+        0 after SIGTERM; 1 after an error, which the last StepAck names, and when no plan came for rank_lease_s.
+        """
+        # The handler's byte on this pair ends a poll that is under way: a flag alone could be set just before it.
+        wake, wake_writer = socket.socketpair()
+        wake_writer.setblocking(False)
+        signal.set_wakeup_fd(wake_writer.fileno())
+        signal.signal(signal.SIGTERM, self._stop)
+        context = zmq.Context()
+        link = context.socket(zmq.DEALER)
+        link.setsockopt(zmq.IDENTITY, self._spec.name.encode())
+        link.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+        link.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
+        link.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
+        link.setsockopt(zmq.LINGER, int(LINGER_S * 1000))
+        link.connect(self._spec.scheduler_address)
+        try:
+            link.send(encode(hello))
+            return self._obey(link, wake)
+        except zmq.Again:
+            _log.error("the scheduler took no message for %g s; exiting", SEND_TIMEOUT_S)
+            return 1
+        finally:
+            link.close()
+            context.term()
+            signal.set_wakeup_fd(-1)
+            wake.close()
+            wake_writer.close()
+
+    def _obey(self, link: "zmq.Socket[bytes]", wake: socket.socket) -> int:
+        poller = zmq.Poller()
+        poller.register(link, zmq.POLLIN)
+        poller.register(wake.fileno(), zmq.POLLIN)
+        lease_end_s = time.monotonic() + self._spec.rank_lease_s
+        while not self._is_stopping:
+            left_s = lease_end_s - time.monotonic()
+            if left_s <= 0:
+                _log.error("no plan for %g s (rank_lease_s); exiting", self._spec.rank_lease_s)
+                return 1
+            # Rounded up: a poll of 0 ms would turn the last millisecond of the lease into a busy loop.
+            ready = dict(poller.poll(int(left_s * 1000) + 1))
+            if link not in ready:
+                continue
+            term, step_id = self._term, self._next_step_id
+            try:
+                plan = decode_rank_down(link.recv())
+                if plan.term < self._term:
+                    continue  # of a scheduler that has been replaced
+                term, step_id = plan.term, plan.step_id
+                self._check_order(plan)
+                result, ack = self._runner.execute(plan)
+            except Exception as error:
+                _log.exception("step %d of term %d failed; exiting", step_id, term)
+                link.send(encode(StepAck(term=term, step_id=step_id, rank=self._spec.rank, error=_describe(error))))
+                return 1
+            if self._spec.rank == 0:
+                link.send(encode(result))
+            link.send(encode(ack))
+            lease_end_s = time.monotonic() + self._spec.rank_lease_s
+        _log.info("stopped by SIGTERM after %d steps", self._next_step_id)
+        return 0
+
+    def _check_order(self, plan: StepPlan) -> None:
+        """Steps of a term are dense. A higher term starts anew: its scheduler knows nothing of the rows held here."""
+        if plan.term > self._term:
+            _log.info("term %d replaces term %d; the batch is forgotten", plan.term, self._term)
+            self._term = plan.term
+            self._next_step_id = 0
+            self._runner.batch.clear()
+        if plan.step_id != self._next_step_id:
+            raise InternalError(f"step {plan.step_id} came where step {self._next_step_id} was due; a plan was lost or sent twice")
+        self._next_step_id += 1
+
+    def _stop(self, *_: Any) -> None:
+        self._is_stopping = True
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, msgspec.MsgspecError):
+        return f"a message could not be decoded: {error}; scheduler and rank may be of different versions"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,146 @@
+"""One rank as a process: `python -m quire.worker.rank_process`, started by common/child_process.start_child."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quire.common.child_process import enter_child
+from quire.common.errors import ConfigError
+from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
+from quire.common.model_folder import read_model_folder
+from quire.worker.host_memory import available_memory_bytes, check_pool_fits
+from quire.worker.rank_spec import RankSpec
+
+# torch and transformers take seconds to import: only after the process is tied to its parent, and timed.
+if TYPE_CHECKING:
+    from quire.worker.runner import Runner
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Load the model, say hello, obey plans; the exit code: 0 when asked to stop, 1 otherwise."""
+    spec = RankSpec(**enter_child())
+    logging.basicConfig(level=spec.log_level.upper(), stream=sys.stderr, format=f"%(asctime)s %(levelname)s rank {spec.name}: %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading, there is nothing to finish
+    try:
+        runner, hello = _load(spec)
+    except ConfigError as error:
+        _log.error("%s", error.message)
+        _report(spec, error.message)
+        return 1
+    except Exception as error:
+        _log.exception("the rank could not start")
+        _report(spec, f"{type(error).__name__}: {error}")
+        return 1
+
+    from quire.worker.rank_loop import RankLoop
+
+    return RankLoop(spec, runner).run(hello)
+
+
+def _load(spec: RankSpec) -> "tuple[Runner, RankHello]":
+    """Everything between the specification and the hello, logged by phase.
+
+    Raises:
+        ConfigError: this model cannot be served with these settings on this host.
+    """
+    phases: list[tuple[str, float]] = []
+    phase_start_s = time.perf_counter()
+
+    def end_phase(name: str) -> None:
+        nonlocal phase_start_s
+        now_s = time.perf_counter()
+        phases.append((name, now_s - phase_start_s))
+        phase_start_s = now_s
+
+    _refuse_unsupported(spec)
+    folder = read_model_folder(Path(spec.model_path))
+    block_bytes = spec.block_size * folder.kv_bytes_per_token(dtype=spec.dtype, tensor_parallel_size=spec.tensor_parallel_size)
+    check_pool_fits(num_blocks=spec.num_gpu_blocks, block_bytes=block_bytes, available_bytes=available_memory_bytes())
+    import torch
+
+    torch.set_num_threads(spec.num_threads)
+    torch.set_grad_enabled(False)
+    end_phase("torch")
+    from quire.worker.kv_cache import KvCache
+    from quire.worker.models.self_check import check_model
+    from quire.worker.models.transformers_model import DTYPES, load_transformers_model
+    from quire.worker.runner import Runner
+    from quire.worker.warm_up import measure_prefill
+
+    end_phase("transformers")
+    model = load_transformers_model(folder, dtype=spec.dtype, device=spec.device)
+    end_phase("weights")
+    check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
+    end_phase("self-check")
+    # Once more: the weights are in memory now.
+    check_pool_fits(num_blocks=spec.num_gpu_blocks, block_bytes=block_bytes, available_bytes=available_memory_bytes())
+    kv_cache = KvCache(
+        num_blocks=spec.num_gpu_blocks,
+        num_layers=folder.num_layers,
+        num_kv_heads=folder.num_kv_heads,
+        block_size=spec.block_size,
+        head_dim=folder.head_dim,
+        dtype=DTYPES[spec.dtype],
+        device=spec.device,
+    )
+    assert kv_cache.block_bytes == block_bytes, (kv_cache.block_bytes, block_bytes)
+    runner = Runner(model, kv_cache, rank=spec.rank, max_rows=spec.max_sequences, max_model_len=spec.max_model_len, device=spec.device)
+    end_phase("pool")
+    speeds = measure_prefill(runner, max_tokens=min(spec.max_batched_tokens, spec.max_model_len - 1))
+    end_phase("warm-up")
+    total_s = sum(seconds for _, seconds in phases)
+    _log.info(
+        "ready in %.2f s (%s); %d blocks of %d tokens, %.1f MiB; prefill %s tokens/s",
+        total_s,
+        ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases),
+        spec.num_gpu_blocks,
+        spec.block_size,
+        spec.num_gpu_blocks * block_bytes / 2**20,
+        ", ".join(f"{length}: {speed:.0f}" for length, speed in speeds) or "not measured",
+    )
+    hello = RankHello(
+        version=PROTOCOL_VERSION,
+        group_id=spec.group_id,
+        term=spec.term,
+        rank=spec.rank,
+        num_gpu_blocks=spec.num_gpu_blocks,
+        num_cpu_blocks=spec.num_cpu_blocks,
+        block_bytes=block_bytes,
+        h2d_bytes_per_s=0.0,
+        d2h_bytes_per_s=0.0,
+        prefill_tokens_per_s=speeds,
+        max_rows=spec.max_sequences,
+        model_fingerprint=folder.fingerprint,
+        layout_version=LAYOUT_VERSION,
+        device=spec.device,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+    )
+    return runner, hello
+
+
+def _refuse_unsupported(spec: RankSpec) -> None:
+    supported = {"device": "cpu", "tensor_parallel_size": 1, "rank": 0, "num_cpu_blocks": 0}
+    for name, only in supported.items():
+        if getattr(spec, name) != only:
+            raise ConfigError(f"{name} = {getattr(spec, name)} is not supported by this rank yet; it takes {only}")
+
+
+def _report(spec: RankSpec, message: str) -> None:
+    """Leave the reason of a failed start for the parent: whole or not at all."""
+    if spec.report_path:
+        part = Path(f"{spec.report_path}.part")
+        part.write_text(json.dumps({"error": message}))
+        part.replace(spec.report_path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
