@@ -146,10 +146,12 @@ class StepPlan(_Message, frozen=True):
     step_id: int  # dense within a term, from 0
     add_rows: tuple[RowAdd, ...] = ()
     remove_rows: tuple[int, ...] = ()
-    forks: tuple[tuple[int, int], ...] = ()  # (source row, new row): copies tokens, block table and computed length
+    # (source row, new row, the new row's sequence_index): copies tokens, block table, computed length and sampling state
+    forks: tuple[tuple[int, int, int], ...] = ()
     grow_rows: tuple[int, ...] = ()  # with grow_block_ids: append this block to this row's block table
     grow_block_ids: tuple[int, ...] = ()
-    cow: tuple[tuple[int, int], ...] = ()  # (source block, target block)
+    # (row, source block, target block): copies the block, and puts the target in the source's place in the row's block table
+    cow: tuple[tuple[int, int, int], ...] = ()
     swap_out: tuple[tuple[int, int, int], ...] = ()  # (copy_id, gpu block, cpu block)
     swap_in: tuple[tuple[int, int, int], ...] = ()
     wait_copies: tuple[int, ...] = ()

@@ -96,38 +96,31 @@ class Batch:
             table.append(block_id)
         self.block_tables[self._tensor(rows), self._tensor(indices)] = self._tensor(block_ids)
 
-    def fork(self, forks: Sequence[tuple[int, int]]) -> None:
-        """Give target rows the tokens, block table and computed length of source rows.
-
-        A target that was added keeps its own sampling state. A free one takes the source's, its sequence_index raised by 1
-        for the source's first fork of this plan, by 2 for the second, and so on: samples of one request draw differently.
-        """
-        num_forks: dict[int, int] = {}
-        for source, target in forks:
+    def fork(self, forks: Sequence[tuple[int, int, int]]) -> None:
+        """Copy source rows into free target rows; a target draws as the sequence of its own index."""
+        for source, target, sequence_index in forks:
             origin = self._row(source)
-            num_forks[source] = num_forks.get(source, 0) + 1
-            if target in self.rows:
-                sampling = self.rows[target].sampling
-            else:
-                _check(0 <= target < self._max_rows, f"row {target} is outside the batch")
-                sequence_index = origin.sampling.sequence_index + num_forks[source]
-                sampling = msgspec.structs.replace(origin.sampling, sequence_index=sequence_index)
-                self.sampling.set(target, sampling)
+            _check(target not in self.rows and 0 <= target < self._max_rows, f"row {target} is in use or outside the batch")
+            sampling = msgspec.structs.replace(origin.sampling, sequence_index=sequence_index)
             self.rows[target] = replace(origin, block_ids=list(origin.block_ids), sampling=sampling, is_held=False)
             self.tokens[target] = self.tokens[source]
             self.lengths[target] = self.lengths[source]
             self.block_tables[target] = self.block_tables[source]
+            self.sampling.set(target, sampling)
 
     def hold(self, hold_rows: Sequence[int]) -> None:
         """Hold each row >= 0, release each row whose complement is given."""
         for row in hold_rows:
             self._row(row if row >= 0 else ~row).is_held = row >= 0
 
-    def replace_block(self, row: int, index: int, block_id: int) -> None:
+    def replace_block(self, row: int, source: int, target: int) -> None:
         """Put a copy in the place of a shared block of a row's table."""
-        self._check_blocks(row, (block_id,), num_held=index)
-        self.rows[row].block_ids[index] = block_id
-        self.block_tables[row, index] = block_id
+        table = self._row(row).block_ids
+        _check(source in table, f"row {row} does not hold block {source}, which is to be copied to {target}")
+        index = table.index(source)
+        self._check_blocks(row, (target,), num_held=index)
+        table[index] = target
+        self.block_tables[row, index] = target
 
     # -- what steps ask and change ----------------------------------------------------------------------------------
 

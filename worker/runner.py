@@ -60,7 +60,7 @@ class Runner:
         batch.fork(plan.forks)
         batch.hold(plan.hold_rows)
         decoding = batch.decoding_rows()
-        self._copy_on_write(plan, decoding)
+        self._copy_on_write(plan.cow)
         result = StepResult(term=plan.term, step_id=plan.step_id)
         if plan.chunks or decoding:
             result = self._compute(plan, decoding, started_s)
@@ -132,28 +132,13 @@ class Runner:
                 )
             rows[row].num_computed = rows[source].num_computed
 
-    def _copy_on_write(self, plan: StepPlan, decoding: Sequence[int]) -> None:
-        """Copy shared blocks and give each copy to the row that writes there in this step.
-
-        The plan names blocks, not rows: the copies of one source go, as listed, to the rows that write into it, ascending.
-        """
-        if not plan.cow:
+    def _copy_on_write(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy shared blocks in one go, each copy for the row that is about to write into it."""
+        if not copies:
             return
-        block_size = self.batch.block_size
-        rows = self.batch.rows
-        writes = [(chunk.row, chunk.start, chunk.start + chunk.count) for chunk in plan.chunks]
-        writes += [(row, rows[row].length - 1, rows[row].length) for row in decoding]
-        places = [
-            (row, index)
-            for row, start, end in sorted(writes)
-            for index in range(start // block_size, min(-(-end // block_size), len(rows[row].block_ids)))
-        ]
-        for source, target in plan.cow:
-            place = next(((row, index) for row, index in places if rows[row].block_ids[index] == source), None)
-            if place is None:
-                raise InternalError(f"block {source} is to be copied to {target}, but no row that writes into it is left")
-            self.batch.replace_block(*place, target)
-        sources, targets = torch.tensor(plan.cow, device=self.batch.device).unbind(1)
+        for row, source, target in copies:
+            self.batch.replace_block(row, source, target)
+        _, sources, targets = torch.tensor(copies, device=self.batch.device).unbind(1)
         copy_blocks(self.kv_cache.blocks, sources, targets)
 
 

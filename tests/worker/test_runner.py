@@ -144,7 +144,7 @@ def test_samples_of_one_prompt_share_blocks_until_they_write_and_draw_as_if_alon
     driver = PlanDriver(make_runner())
     added = driver.add(4, prompt, states[0])
     shared = added.block_ids[1]
-    result = driver.step(add_rows=(added,), forks=((4, 1), (4, 7)), chunks=(Chunk(4, 0, 7, True),), samples=((4, 4), (4, 1), (4, 7)))
+    result = driver.step(add_rows=(added,), forks=((4, 1, 1), (4, 7, 2)), chunks=(Chunk(4, 0, 7, True),), samples=((4, 4), (4, 1), (4, 7)))
     drawn = {4: [result.token_ids[0]], 1: [result.token_ids[1]], 7: [result.token_ids[2]]}
     rows = driver.runner.batch.rows
     assert rows[4].block_ids == rows[1].block_ids == rows[7].block_ids
@@ -153,26 +153,15 @@ def test_samples_of_one_prompt_share_blocks_until_they_write_and_draw_as_if_alon
     for step in range(7):
         grows = driver.blocks(3 * 4) if step in (1, 5) else ()
         result = driver.step(
-            cow=((shared, copies[0]), (shared, copies[1])) if step == 0 else (),
+            cow=((1, shared, copies[0]), (4, shared, copies[1])) if step == 0 else (),
             grow_rows=(1, 4, 7) if grows else (),
             grow_block_ids=grows,
         )
         for row, token_id in zip((1, 4, 7), result.token_ids, strict=True):
             drawn[row].append(token_id)
-    # Ascending rows take the copies as listed; the last holder writes in place.
+    # The last holder writes in place.
     assert [rows[row].block_ids[1] for row in (1, 4, 7)] == [copies[0], copies[1], shared]
     assert [drawn[4], drawn[1], drawn[7]] == alone
-
-
-def test_a_fork_into_an_added_row_keeps_that_rows_own_sampling_state(make_runner):
-    driver = PlanDriver(make_runner())
-    prompt = prompts_of()[1]
-    added = driver.add(0, prompt, SamplingState(temperature=1.0, seed=9), room=1)
-    other = SamplingState(temperature=1.0, seed=9, sequence_index=2)
-    empty = RowAdd(1, (), len(prompt), 0, (), 0, other)
-    result = driver.step(add_rows=(added, empty), forks=((0, 1),), chunks=(Chunk(0, 0, 7, True),), samples=((0, 0), (0, 1)))
-    alone = PlanDriver(make_runner()).generate([prompt], num_tokens=1, chunk=7, sampling=[other])
-    assert [result.token_ids[1]] == alone[0]
 
 
 def test_a_held_row_waits_and_goes_on_where_it_stood(make_runner, expected):
@@ -327,7 +316,9 @@ def test_a_sampling_state_that_asks_for_what_is_not_there_is_refused_by_field(ma
         ({"chunks": (Chunk(0, 0, 7, True),), "samples": ((0, 0), (0, 0))}, "samples a row twice"),
         ({"chunks": (Chunk(0, 0, 7, True),), "samples": ((0, 0), (1, 1))}, "computes only"),
         ({"samples": ((0, 0),)}, "computes none"),
-        ({"cow": ((0, 1),)}, "block 0 is to be copied to 1"),
+        ({"cow": ((0, 200, 1),)}, "row 0 does not hold block 200, which is to be copied to 1"),
+        ({"cow": ((5, 0, 1),)}, "row 5 is not in the batch"),
+        ({"forks": ((0, 0, 1),)}, "row 0 is in use"),
         ({"hold_rows": (~5,)}, "row 5 is not in the batch"),
     ],
 )

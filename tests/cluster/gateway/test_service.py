@@ -1,0 +1,593 @@
+"""The whole gateway over real gRPC, between a fake scheduler and a fake controller."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import small_tokenizers
+from fake_scheduler import DEMO_MODEL, FakeScheduler, Script
+from gateway_parts import LIMITS, Running, details_of, running_gateway
+from google.rpc import status_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from quire.cluster.gateway import engine_link, generation
+from quire.common.errors import StatusCode
+from quire.common.hashing import cache_root, hash_full_blocks
+from quire.common.messages import Accepted, Cancel, Finish, Hello, ModelLimits, Submit
+from quire.internal.v1 import discovery_pb2
+from quire.v1 import cluster_pb2, inference_pb2
+from quire.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, OutputParams, SamplingParams, StoppingParams, TokenIds
+from tokenizers import Tokenizer
+
+TOKENIZER = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+STORY = "Once upon a time there was a small fox. 你好 😀 The end"
+STORY_IDS = TOKENIZER.encode(STORY).ids
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    """A gateway whose scheduler tells the story and ends it with the end token."""
+    async with running_gateway(tmp_path, scheduler=FakeScheduler(script=lambda _: Script([*STORY_IDS, 0]))) as running:
+        yield running
+
+
+async def refusal(call: Any) -> grpc.aio.AioRpcError:
+    """The error that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if isinstance(call, grpc.aio.UnaryStreamCall):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        else:
+            await call
+    return caught.value
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_request_is_answered_with_text_ids_usage_timings_and_seed(running: Running) -> None:
+    response = await running.inference.Generate(GenerateRequest(text="hello", request_id="mine", sampling=SamplingParams(seed=7)))
+    assert response.request_id == "mine"
+    assert response.model == "quire-tales"
+    [completion] = response.completions
+    assert completion.text == STORY
+    assert list(completion.token_ids) == [*STORY_IDS, 0]
+    assert completion.finish_reason == inference_pb2.FINISH_REASON_STOP
+    assert completion.stop_cause.token_id == 0
+    num_prompt_tokens = len(TOKENIZER.encode("hello").ids)
+    usage = response.usage
+    assert (usage.prompt_token_count, usage.completion_token_count) == (num_prompt_tokens, len(STORY_IDS) + 1)
+    assert usage.cached_token_count == num_prompt_tokens // 2
+    assert response.seed == 7
+    timings = response.timings
+    assert (timings.queue.nanos, timings.prefill.nanos, timings.decode.seconds, timings.preemption_count) == (250_000_000, 500_000_000, 1, 3)
+    assert 0 < timings.time_to_first_token.ToNanoseconds() <= timings.total.ToNanoseconds()
+
+
+async def test_the_stream_carries_what_the_whole_answer_has(running: Running) -> None:
+    request = GenerateRequest(text="hello", stopping=StoppingParams(max_tokens=12))
+    messages = [message async for message in running.inference.GenerateStream(request)]
+    assert "".join(message.text_delta for message in messages) == TOKENIZER.decode(STORY_IDS[:12])
+    assert [token_id for message in messages for token_id in message.token_ids] == STORY_IDS[:12]
+    *others, last = messages
+    assert all(message.finish_reason == 0 and not message.HasField("usage") and not message.HasField("seed") for message in others)
+    assert last.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert not last.HasField("stop_cause")
+    assert last.usage.completion_token_count == 12
+    assert last.HasField("timings")
+    assert last.HasField("seed")
+    assert not any("\ufffd" in message.text_delta for message in messages)
+    [submit] = running.scheduler.of_kind(Submit)
+    assert last.seed == submit.sampling.seed
+    assert {message.request_id for message in messages} == {last.request_id}
+
+
+async def test_the_scheduler_gets_everything_resolved(running: Running) -> None:
+    prompt = list(range(10, 45))
+    request = GenerateRequest(token_ids=TokenIds(ids=prompt), cache_salt="salt", sampling=SamplingParams(top_k=5))
+    await running.inference.Generate(request, timeout=20)
+    [submit] = running.scheduler.of_kind(Submit)
+    assert submit.prompt_ids == tuple(prompt)
+    root = cache_root(model="quire-tales", adapter="", tenant_scope="local", cache_salt="salt")
+    assert (submit.cache_root, submit.block_hashes) == (root, tuple(hash_full_blocks(root, prompt, block_size=16)))
+    assert (submit.attempt, submit.tenant, submit.priority, submit.model, submit.adapter, submit.n) == (1, "local", 2, "quire-tales", "", 1)
+    assert [(start.index, start.resumed_ids) for start in submit.sequences] == [(0, ())]
+    assert submit.max_tokens == 2048 - 35
+    assert (submit.sampling.temperature, submit.sampling.top_p, submit.sampling.top_k, submit.sampling.stop_ids) == (0.8, 0.95, 5, (0,))
+    assert 15 < submit.time_left_s <= 20
+    assert 0 <= submit.age_s < 5
+    await running.inference.Generate(GenerateRequest(text="x"), timeout=10_000)  # a longer deadline is cut
+    assert 595 < running.scheduler.of_kind(Submit)[1].time_left_s <= 600
+
+
+async def test_a_conversation_is_rendered_by_the_models_template(running: Running) -> None:
+    chat = Chat(messages=[ChatMessage(role="system", content="Be kind."), ChatMessage(role="user", content="Hi <|user|>")])
+    tokenized = await running.inference.Tokenize(inference_pb2.TokenizeRequest(chat=chat))
+    assert tokenized.rendered == "<|user|>Be kind.\n\nHi <|user|><|assistant|>"
+    assert [token_id for token_id in tokenized.token_ids if token_id in (0, 1, 2)] == [1, 2]
+    await running.inference.Generate(GenerateRequest(chat=chat))
+    [submit] = running.scheduler.of_kind(Submit)
+    assert list(submit.prompt_ids) == list(tokenized.token_ids)
+
+
+async def test_tokenize_and_detokenize_are_each_others_inverse(running: Running) -> None:
+    tokenized = await running.inference.Tokenize(inference_pb2.TokenizeRequest(text=STORY))
+    assert list(tokenized.token_ids) == STORY_IDS
+    assert not tokenized.HasField("rendered")
+    ids = [*tokenized.token_ids, 0]
+    assert (await running.inference.Detokenize(inference_pb2.DetokenizeRequest(token_ids=ids))).text == STORY
+    request = inference_pb2.DetokenizeRequest(token_ids=ids, skip_special_tokens=False)
+    assert (await running.inference.Detokenize(request)).text == STORY + "<|endoftext|>"
+    parsed = await running.inference.Tokenize(inference_pb2.TokenizeRequest(text="<|user|>", parse_special_tokens=True))
+    assert list(parsed.token_ids) == [1]
+
+
+async def test_models_are_listed(running: Running) -> None:
+    response = await running.inference.ListModels(inference_pb2.ListModelsRequest())
+    assert [(model.name, model.max_model_len, model.vocab_size, model.block_size) for model in response.models] == [
+        ("quire-tales", 2048, 4096, 16)
+    ]
+
+
+async def test_special_tokens_show_when_asked_for_but_not_the_one_that_stopped(running: Running) -> None:
+    running.scheduler.script = lambda _: Script([1, *STORY_IDS[:3], 0])
+    for skip, expected in ((True, ""), (False, "<|user|>")):
+        request = GenerateRequest(text="x", output=OutputParams(skip_special_tokens=skip))
+        [completion] = (await running.inference.Generate(request)).completions
+        assert completion.text == expected + TOKENIZER.decode(STORY_IDS[:3])
+
+
+# -- stop strings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("include", [False, True])
+async def test_a_stop_string_ends_the_request_at_the_scheduler_too(running: Running, include: bool) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS * 20, delay_s=0.001)
+    stopping = StoppingParams(stop_strings=["small fox", "nowhere"], include_stop_string=include)
+    num_kept = next(n for n in range(len(STORY_IDS)) if "small fox" in TOKENIZER.decode(STORY_IDS[:n]))
+    expected = "Once upon a time there was a " + ("small fox" if include else "")
+    messages = [m async for m in running.inference.GenerateStream(GenerateRequest(text="x", stopping=stopping))]
+    assert "".join(message.text_delta for message in messages) == expected
+    assert [token_id for message in messages for token_id in message.token_ids] == STORY_IDS[:num_kept]
+    last = messages[-1]
+    assert (last.finish_reason, last.stop_cause.string) == (inference_pb2.FINISH_REASON_STOP, "small fox")
+    assert last.usage.completion_token_count == num_kept
+    [finish] = running.scheduler.of_kind(Finish)
+    assert (finish.sequence, finish.kept_tokens) == (0, num_kept)
+    whole = await running.inference.Generate(GenerateRequest(text="x", stopping=stopping))
+    assert (whole.completions[0].text, whole.usage) == (expected, last.usage)
+    assert running.scheduler.of_kind(Cancel) == []
+
+
+async def test_a_stop_string_counts_when_the_scheduler_ended_the_request_first(running: Running) -> None:
+    """All tokens come in one message, together with their end."""
+    running.scheduler.script = lambda _: Script([*STORY_IDS, 0], group_sizes=[1000])
+    response = await running.inference.Generate(GenerateRequest(text="x", stopping=StoppingParams(stop_strings=["time"])))
+    assert response.completions[0].text == "Once upon a "
+    assert response.completions[0].stop_cause.string == "time"
+    assert response.usage.completion_token_count == len(response.completions[0].token_ids) < len(STORY_IDS)
+
+
+async def test_an_end_that_the_scheduler_does_not_confirm_comes_all_the_same(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "FINISH_TIMEOUT_S", 0.1)
+
+    def on_submit(scheduler: FakeScheduler, submit: Submit, handle: int) -> None:
+        asyncio.get_running_loop().create_task(answer(scheduler, submit, handle))
+
+    async def answer(scheduler: FakeScheduler, submit: Submit, handle: int) -> None:
+        await scheduler.send(Accepted(submit.request_id, submit.attempt, handle))
+        await scheduler.send_tokens(handle, offset=0, token_ids=STORY_IDS)
+
+    running.scheduler.on_submit = on_submit
+    response = await running.inference.Generate(GenerateRequest(text="x", stopping=StoppingParams(stop_strings=["time"])))
+    assert response.completions[0].text == "Once upon a "
+    await running.scheduler.wait_for(Cancel)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "reason", "fields", "message"),
+    [
+        (GenerateRequest(text="x", n=2), "UNIMPLEMENTED", "NOT_SUPPORTED", ["n"], "n is not supported yet"),
+        (GenerateRequest(text="x", sampling=SamplingParams(top_p=0)), "INVALID_ARGUMENT", "INVALID_REQUEST", ["sampling.top_p"], "top_p is 0"),
+        (GenerateRequest(), "INVALID_ARGUMENT", "EMPTY_PROMPT", ["prompt"], "no prompt"),
+        (GenerateRequest(text="x", model="gpt"), "NOT_FOUND", "MODEL_NOT_FOUND", ["model"], "served: quire-tales"),
+        (GenerateRequest(token_ids=TokenIds(ids=[4096])), "INVALID_ARGUMENT", "UNKNOWN_TOKEN_ID", ["token_ids.ids"], "below 4096"),
+        (
+            GenerateRequest(token_ids=TokenIds(ids=[1] * 100), stopping=StoppingParams(max_tokens=1949)),
+            "INVALID_ARGUMENT",
+            "REQUEST_TOO_LONG",
+            ["stopping.max_tokens"],
+            "prompt has 100 tokens and max_tokens is 1949, 2049 together; this model takes 2048 (max_model_len)",
+        ),
+    ],
+)
+async def test_a_bad_request_is_refused_alike_at_both_entry_points(
+    running: Running, request_: GenerateRequest, code: str, reason: str, fields: list[str], message: str
+) -> None:
+    for call in (running.inference.Generate, running.inference.GenerateStream):
+        error = await refusal(call(request_))
+        assert error.code().name == code
+        assert message in str(error.details())
+        info, violated, delay_s = details_of(error)
+        assert (info.reason, info.domain, violated, delay_s) == (reason, "quire.dev", fields, None)
+    assert running.scheduler.of_kind(Submit) == []
+
+
+@pytest.mark.parametrize("text", [STORY * 400, "\x00", "<|endoftext|>"])
+async def test_odd_texts_are_refused_or_tokenized_but_never_break_anything(running: Running, text: str) -> None:
+    call = running.inference.Tokenize(inference_pb2.TokenizeRequest(text=text))
+    if len(text) > 8 * 2048:
+        assert "characters" in str((await refusal(call)).details())
+    else:
+        assert not {0, 1, 2} & set((await call).token_ids)
+
+
+async def test_tokenize_and_detokenize_refuse_what_generate_refuses(running: Running) -> None:
+    error = await refusal(running.inference.Tokenize(inference_pb2.TokenizeRequest()))
+    assert details_of(error)[0].reason == "EMPTY_PROMPT"
+    chat = Chat(messages=[ChatMessage(role="user")])
+    error = await refusal(running.inference.Tokenize(inference_pb2.TokenizeRequest(chat=chat, parse_special_tokens=True)))
+    assert details_of(error)[1] == ["parse_special_tokens"]
+    error = await refusal(running.inference.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[5000])))
+    assert details_of(error)[0].reason == "UNKNOWN_TOKEN_ID"
+    error = await refusal(running.inference.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[1] * 2049)))
+    assert "2049 entries" in str(error.details())
+
+
+async def test_what_the_scheduler_rejects_reaches_the_client_with_its_numbers(running: Running) -> None:
+    def on_submit(scheduler: FakeScheduler, submit: Submit, handle: int) -> None:
+        rejection = scheduler.reject(submit, StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", retry_after_s=0.75)
+        asyncio.get_running_loop().create_task(rejection)
+
+    running.scheduler.on_submit = on_submit
+    error = await refusal(running.inference.Generate(GenerateRequest(text="x")))
+    info, _, delay_s = details_of(error)
+    assert (error.code(), info.reason, dict(info.metadata), delay_s) == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "QUEUE_FULL",
+        {"waiting_requests": "4096"},
+        0.75,
+    )
+
+
+async def test_a_failure_in_the_middle_of_a_stream_comes_after_its_tokens(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:5], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x"))
+    ids: list[int] = []
+    while len(ids) < 5:
+        ids += (await call.read()).token_ids
+    await running.scheduler.fail(0, StatusCode.UNAVAILABLE, "GROUP_LOST", "worker group g0 is gone")
+    error = await refusal(call)
+    info, _, delay_s = details_of(error)
+    assert (error.code(), info.reason, dict(info.metadata), delay_s) == (grpc.StatusCode.UNAVAILABLE, "GROUP_LOST", {"group": "g0"}, 1.5)
+    assert running.scheduler.of_kind(Cancel) == []
+
+
+async def test_a_request_id_in_use_is_refused_until_its_request_ends(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:1], ends=False)
+    first = running.inference.GenerateStream(GenerateRequest(text="x", request_id="same"))
+    await first.read()
+    error = await refusal(running.inference.Generate(GenerateRequest(text="x", request_id="same")))
+    assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_IN_USE")
+    first.cancel()
+    await running.scheduler.wait_for(Cancel)
+    running.scheduler.script = lambda _: Script([5, 0])
+    await running.inference.Generate(GenerateRequest(text="x", request_id="same"))
+    assert len({submit.request_id for submit in running.scheduler.of_kind(Submit)}) == 2
+
+
+async def test_an_unexpected_error_says_nothing_of_what_was_inside(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(request: GenerateRequest, _: object) -> None:
+        raise KeyError(request.text)
+
+    monkeypatch.setattr("quire.cluster.gateway.service.check_fields", broken)
+    with caplog.at_level(logging.DEBUG):
+        error = await refusal(running.inference.Generate(GenerateRequest(text="another secret")))
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in f"{error.details()} {error.trailing_metadata()} {caplog.text}"
+    assert "KeyError" in caplog.text
+    assert "in broken" in caplog.text
+
+
+async def test_prompts_never_reach_the_log(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="quire"):
+        await running.inference.Generate(GenerateRequest(text="my secret"))
+        await refusal(running.inference.Generate(GenerateRequest(text="my secret", n=2)))
+    assert "request " in caplog.text
+    assert "secret" not in caplog.text
+
+
+# -- cancelling and deadlines -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_a_client_that_goes_away_cancels_its_request(running: Running, method: str) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:2], ends=False)
+    call = getattr(running.inference, method)(GenerateRequest(text="x"))
+    if method == "GenerateStream":
+        await call.read()
+    submit = await running.scheduler.wait_for(Submit)
+    call.cancel()
+    cancel = await running.scheduler.wait_for(Cancel)
+    assert (cancel.request_id, cancel.attempt, cancel.sequence, cancel.reason) == (submit.request_id, 1, None, "the client is gone")
+
+
+async def test_the_clients_deadline_cancels_its_request(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(ends=False)
+    error = await refusal(running.inference.Generate(GenerateRequest(text="x"), timeout=0.3))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await running.scheduler.wait_for(Cancel)
+
+
+async def test_a_request_without_a_deadline_gets_the_servers(tmp_path: Path) -> None:
+    scheduler = FakeScheduler(script=lambda _: Script(ends=False))
+    async with running_gateway(tmp_path, scheduler=scheduler, request_timeout_s=0.3) as running:
+        error = await refusal(running.inference.GenerateStream(GenerateRequest(text="x")))
+        assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+        assert scheduler.of_kind(Submit)[0].time_left_s <= 0.3
+        await scheduler.wait_for(Cancel)
+
+
+# -- slow readers -----------------------------------------------------------------------------------------------------
+
+
+class SlowContext:
+    """A client whose transport takes a message only when the test lets it."""
+
+    def __init__(self) -> None:
+        self.taken: list[inference_pb2.GenerateStreamResponse] = []
+        self.may_take = asyncio.Semaphore(0)
+        self.aborted: Any = None
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def write(self, message: inference_pb2.GenerateStreamResponse) -> None:
+        await self.may_take.acquire()
+        self.taken.append(message)
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
+        self.aborted = (code, status_pb2.Status.FromString(dict(trailing_metadata)["grpc-status-details-bin"]))
+        raise grpc.aio.AbortError
+
+
+async def test_a_slow_reader_gets_everything_in_few_messages(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS * 20)
+    context = SlowContext()
+    task = asyncio.create_task(running.gateway.inference.GenerateStream(GenerateRequest(text="x"), context))  # type: ignore[arg-type]
+    num_tokens = len(STORY_IDS) * 20
+    await running.scheduler.wait_for(Submit)
+    async with asyncio.timeout(5):
+        while running.gateway.inference._link._by_id:
+            await asyncio.sleep(0.01)  # until the scheduler has told it all
+    for _ in range(3):
+        context.may_take.release()
+        await asyncio.sleep(0)
+    await task
+    assert len(context.taken) <= 3
+    assert sum(len(message.token_ids) for message in context.taken) == num_tokens
+    assert "".join(message.text_delta for message in context.taken) == STORY * 20
+
+
+async def test_a_reader_that_takes_nothing_is_given_up(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS, ends=False)
+    monkeypatch.setattr(running.gateway.inference, "_write_stall_timeout_s", 0.1)
+    context = SlowContext()
+    with pytest.raises(grpc.aio.AbortError):
+        await running.gateway.inference.GenerateStream(GenerateRequest(text="x"), context)  # type: ignore[arg-type]
+    assert context.aborted[0] is grpc.StatusCode.CANCELLED
+    await running.scheduler.wait_for(Cancel)
+
+
+async def test_a_reader_that_stalls_on_a_real_connection_is_given_up(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket buffers fill, the write blocks, the request is cancelled, and the gateway serves others."""
+    monkeypatch.setattr(running.gateway.inference, "_write_stall_timeout_s", 0.2)
+    running.scheduler.limits = (ModelLimits("quire-tales", 16, 2048),)
+    big = [*range(256, 2256)][:1900]
+
+    running.scheduler.script = lambda submit: Script(big, group_sizes=[1900]) if submit.max_tokens > 100 else Script([5, 0])
+    async with grpc.aio.insecure_channel(running.address, options=(("grpc.http2.lookahead_bytes", 1024),)) as channel:
+        stub = type(running.inference)(channel)
+        calls = [stub.GenerateStream(GenerateRequest(text="x")) for _ in range(40)]
+        await running.scheduler.wait_for(Submit, count=40)
+        response = await running.inference.Generate(GenerateRequest(text="x", stopping=StoppingParams(max_tokens=2)))
+        assert response.usage.completion_token_count == 2
+        for call in calls:
+            call.cancel()
+
+
+# -- the link to the scheduler ----------------------------------------------------------------------------------------
+
+
+async def test_a_lost_scheduler_fails_its_requests_and_a_new_one_is_used(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:2], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x"))
+    await call.read()
+    await running.scheduler.__aexit__()
+    error = await refusal(call)
+    info, _, delay_s = details_of(error)
+    assert (error.code(), info.reason, delay_s) == (grpc.StatusCode.UNAVAILABLE, "SCHEDULER_LOST", engine_link.RETRY_AFTER_S)
+    await running.wait_for_health("NOT_SERVING")
+    error = await refusal(running.inference.Generate(GenerateRequest(text="x")))
+    assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.UNAVAILABLE, "NO_SCHEDULER")
+    new = FakeScheduler(script=lambda _: Script([5, 0]), scheduler_id="scheduler-2", limits=LIMITS, address=running.scheduler.address)
+    async with new:
+        await running.wait_for_health("SERVING")
+        response = await running.inference.Generate(GenerateRequest(text="x"))
+        assert response.usage.completion_token_count == 2
+
+
+async def test_a_welcome_with_a_new_scheduler_id_means_that_everything_is_lost(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:2], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x"))
+    await call.read()
+    running.scheduler.scheduler_id = "scheduler-2"
+    await running.scheduler.welcome()
+    assert details_of(await refusal(call))[0].reason == "SCHEDULER_LOST"
+    assert await running.health() == "SERVING"
+
+
+async def test_a_scheduler_that_moved_is_followed(running: Running) -> None:
+    async with FakeScheduler(script=lambda _: Script([6, 0]), scheduler_id="scheduler-2", limits=LIMITS) as new:
+        running.controller.scheduler_address = new.address
+        await running.controller.change()
+        await new.wait_for(Hello)
+        await running.wait_for_health("SERVING")
+        await running.inference.Generate(GenerateRequest(text="x"))
+        assert len(new.of_kind(Submit)) == 1
+
+
+async def test_a_scheduler_of_another_version_is_not_used(running: Running) -> None:
+    running.scheduler.version = 99
+    await running.scheduler.welcome()
+    await running.wait_for_health("NOT_SERVING")
+    assert details_of(await refusal(running.inference.Generate(GenerateRequest(text="x"))))[0].reason == "NO_SCHEDULER"
+
+
+async def test_a_scheduler_that_does_not_answer_is_not_waited_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_link, "ACCEPT_TIMEOUT_S", 0.1)
+    running.scheduler.on_submit = lambda *_: None
+    error = await refusal(running.inference.Generate(GenerateRequest(text="x")))
+    assert details_of(error)[0].reason == "SCHEDULER_SILENT"
+    await running.scheduler.wait_for(Cancel)
+
+
+async def test_lost_tokens_fail_the_request_and_only_that_one(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:2], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x"))
+    await call.read()
+    await asyncio.sleep(0.05)
+    await running.scheduler.send_tokens(0, offset=1, token_ids=STORY_IDS[1:3])  # a duplicate, and a new one
+    await running.scheduler.send_tokens(0, offset=9, token_ids=[5])
+    error = await refusal(call)
+    assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.INTERNAL, "TOKENS_LOST")
+    await running.scheduler.wait_for(Cancel)
+    await running.scheduler.send_raw(b"not a message")
+    running.scheduler.script = lambda _: Script([5, 0])
+    await running.inference.Generate(GenerateRequest(text="x"))
+
+
+async def test_the_schedulers_limits_count(running: Running) -> None:
+    running.scheduler.limits = (ModelLimits("quire-tales", 32, 64),)
+    await running.scheduler.welcome()
+    async with asyncio.timeout(5):
+        while running.gateway.inference._link.limits_of("quire-tales") == LIMITS[0]:
+            await asyncio.sleep(0.01)
+    error = await refusal(running.inference.Generate(GenerateRequest(token_ids=TokenIds(ids=[1] * 65))))
+    assert "prompt has 65 tokens; this model takes 64 (max_request_tokens" in str(error.details())
+    await running.inference.Generate(GenerateRequest(token_ids=TokenIds(ids=[5] * 40)))
+    [submit] = running.scheduler.of_kind(Submit)
+    assert (len(submit.block_hashes), submit.max_tokens) == (1, 24)
+
+
+# -- discovery --------------------------------------------------------------------------------------------------------
+
+
+async def test_models_come_and_go_with_the_routing_table(running: Running) -> None:
+    num_fetches = running.controller.num_fetches
+    running.controller.serve(small_tokenizers.llama_like(), name="other", vocab_size=600, is_default=True)
+    await running.controller.change()
+    async with asyncio.timeout(5):
+        while len((await running.inference.ListModels(inference_pb2.ListModelsRequest())).models) < 2:
+            await asyncio.sleep(0.01)
+    assert running.controller.num_fetches == num_fetches + 2  # only the files that are new
+    response = await running.inference.Tokenize(inference_pb2.TokenizeRequest(text="the fox"))  # the default is the new one
+    assert response.token_ids[0] == 1
+    response = await running.inference.Tokenize(inference_pb2.TokenizeRequest(text="the fox", model="quire-tales"))
+    assert list(response.token_ids) == TOKENIZER.encode("the fox").ids
+    running.controller.models[1].model.default = False
+    await running.controller.change()
+    async with asyncio.timeout(5):
+        while True:
+            call = running.inference.Tokenize(inference_pb2.TokenizeRequest(text="the fox"))
+            try:
+                await call
+            except grpc.aio.AioRpcError as error:
+                assert details_of(error)[0].reason == "MODEL_NOT_NAMED"
+                break
+            await asyncio.sleep(0.01)
+
+
+async def test_the_last_table_stays_while_the_controller_is_away(running: Running) -> None:
+    await running.controller.__aexit__()
+    await asyncio.sleep(0.3)
+    assert await running.health() == "SERVING"
+    response = await running.inference.Generate(GenerateRequest(text="x"))
+    assert response.completions[0].text == STORY
+    error = await refusal(running.cluster.ListGroups(cluster_pb2.ListGroupsRequest()))
+    assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.UNAVAILABLE, "NO_CONTROLLER")
+    running.controller.group_state = cluster_pb2.GROUP_STATE_STOPPED
+    await running.controller.__aenter__()  # at the same address
+    await running.wait_for_health("NOT_SERVING", timeout_s=10)
+
+
+async def test_a_file_that_is_not_what_the_table_names_is_not_used(running: Running) -> None:
+    running.controller.corrupts_files = True
+    running.controller.serve(small_tokenizers.chatml(), name="other")
+    await running.controller.change()
+    await asyncio.sleep(0.3)
+    assert running.controller.num_fetches > 2  # it was tried, and the old table stays
+    assert [m.name for m in (await running.inference.ListModels(inference_pb2.ListModelsRequest())).models] == ["quire-tales"]
+    running.controller.corrupts_files = False
+    async with asyncio.timeout(10):
+        while len((await running.inference.ListModels(inference_pb2.ListModelsRequest())).models) < 2:
+            await asyncio.sleep(0.02)
+
+
+def test_a_table_entry_has_all_that_a_gateway_uses() -> None:
+    assert {field.name for field in discovery_pb2.ServedModel.DESCRIPTOR.fields} == {"model", "files", "logits_size", "max_request_tokens"}
+
+
+# -- health, reflection, the cluster service --------------------------------------------------------------------------
+
+
+async def test_health_follows_the_groups(running: Running) -> None:
+    for service in ("", "quire.v1.InferenceService", "quire.v1.ClusterService"):
+        assert await running.health(service) == "SERVING"
+    for state, expected in (
+        (cluster_pb2.GROUP_STATE_DRAINING, "NOT_SERVING"),
+        (cluster_pb2.GROUP_STATE_READY, "SERVING"),
+        (cluster_pb2.GROUP_STATE_STARTING, "NOT_SERVING"),
+    ):
+        running.controller.group_state = state
+        await running.controller.change()
+        await running.wait_for_health(expected)
+    error = await refusal(running.health("no.such.Service"))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_names_the_services(running: Running) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(running.channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    [response] = [message async for message in call]
+    names = {service.name for service in response.list_services_response.service}
+    assert {"quire.v1.InferenceService", "quire.v1.ClusterService", "grpc.health.v1.Health"} <= names
+
+
+async def test_cluster_calls_are_passed_on_with_their_deadline_and_errors(running: Running) -> None:
+    groups = await running.cluster.ListGroups(cluster_pb2.ListGroupsRequest())
+    assert [group.group_id for group in groups.groups] == ["g0"]
+    blocks = await running.cluster.GetBlocks(cluster_pb2.GetBlocksRequest(group_id="g0"))
+    assert [group.group_id for group in blocks.groups] == ["g0"]
+    drained = await running.cluster.DrainGroup(cluster_pb2.DrainGroupRequest(group_id="g0"))
+    assert drained.group.state == cluster_pb2.GROUP_STATE_DRAINING
+    error = await refusal(running.cluster.DrainGroup(cluster_pb2.DrainGroupRequest(group_id="g9")))
+    assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, "no group of that name")
+    assert ("grpc-status-details-bin", b"\x08\x05") in tuple(error.trailing_metadata() or ())
+    error = await refusal(running.cluster.GetQueue(cluster_pb2.GetQueueRequest(), timeout=0.2))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_burst_of_requests_is_answered_in_full(running: Running) -> None:
+    running.scheduler.script = lambda _: Script([5, 6, 0])
+    calls = [running.inference.Generate(GenerateRequest(text=f"x {number}")) for number in range(300)]
+    responses = await asyncio.gather(*calls)
+    assert all(response.usage.completion_token_count == 3 for response in responses)

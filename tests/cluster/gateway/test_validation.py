@@ -1,0 +1,282 @@
+"""One validator: what is honoured, what is refused, and with which words."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_scheduler import demo_files, model_entry
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+from quire.cluster.gateway.request_fields import HONOURED, REFUSED, refuse_unsupported
+from quire.cluster.gateway.served_model import ServedModel, load_served_model
+from quire.cluster.gateway.validation import CheckedFields, LengthLimit, ResolvedRequest, check_fields, length_limit, resolve
+from quire.common.errors import InvalidRequest, NotSupported, QuireError
+from quire.common.messages import SamplingState
+from quire.v1 import inference_pb2
+from quire.v1.inference_pb2 import GenerateRequest, OutputParams, SamplingParams, StoppingParams, TokenIds
+
+LIMIT = LengthLimit(100, "max_model_len")
+
+
+@pytest.fixture(scope="module")
+def model() -> ServedModel:
+    return served()
+
+
+def served(**settings: Any) -> ServedModel:
+    files = demo_files()
+    return load_served_model(model_entry(files, **({"logits_size": 4100} | settings)), files)
+
+
+def check(model: ServedModel, **fields: Any) -> CheckedFields:
+    if not {"text", "chat", "token_ids"} & fields.keys():
+        fields["text"] = "hello"
+    return check_fields(GenerateRequest(**fields), model)
+
+
+def resolved(model: ServedModel, num_prompt_tokens: int = 10, **fields: Any) -> ResolvedRequest:
+    return resolve(check(model, **fields), [5] * num_prompt_tokens, limit=LIMIT, vocab_size=4096, drawn_seed=77)
+
+
+# -- every field of the request is either honoured or refused by name -------------------------------------------------
+
+
+def walk(descriptor: Descriptor, prefix: str = "") -> Iterator[tuple[str, list[FieldDescriptor]]]:
+    """Each field at any depth, with the fields that lead to it."""
+
+    def inner(descriptor: Descriptor, prefix: str, way: list[FieldDescriptor]) -> Iterator[tuple[str, list[FieldDescriptor]]]:
+        for field in descriptor.fields:
+            path = prefix + field.name
+            yield path, [*way, field]
+            if field.message_type is not None and not field.message_type.GetOptions().map_entry:
+                yield from inner(field.message_type, path + ".", [*way, field])
+
+    yield from inner(descriptor, prefix, [])
+
+
+def set_field(message: Message, way: list[FieldDescriptor]) -> None:
+    """Set the last field of the way to a value that is not neutral, and what is above it as far as it must be."""
+    field, rest = way[0], way[1:]
+    target = getattr(message, field.name)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        target[1] = 2.0
+    elif field.message_type is not None and field.is_repeated:
+        entry = target.add()
+        if rest:
+            set_field(entry, rest)
+    elif field.message_type is not None:
+        target.SetInParent()
+        if rest:
+            set_field(target, rest)
+    else:
+        value: Any = {
+            FieldDescriptor.CPPTYPE_STRING: "x",
+            FieldDescriptor.CPPTYPE_DOUBLE: 0.5,
+            FieldDescriptor.CPPTYPE_BOOL: True,
+            FieldDescriptor.CPPTYPE_UINT32: 3,
+            FieldDescriptor.CPPTYPE_UINT64: 3,
+            FieldDescriptor.CPPTYPE_ENUM: 3,
+        }[field.cpp_type]
+        if field.is_repeated:
+            target.append(value)
+        else:
+            setattr(message, field.name, value)
+
+
+PATHS = dict(walk(GenerateRequest.DESCRIPTOR))
+
+
+def is_refused(path: str) -> bool:
+    return any(path == refused or path.startswith(refused + ".") for refused in REFUSED)
+
+
+def test_the_tables_name_only_fields_that_exist() -> None:
+    assert PATHS.keys() >= HONOURED
+    assert PATHS.keys() >= REFUSED.keys()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_each_field_is_either_honoured_or_refused_by_name(path: str) -> None:
+    request = GenerateRequest()
+    set_field(request, PATHS[path])
+    assert (path in HONOURED) != is_refused(path)
+    if path in HONOURED:
+        refuse_unsupported(request)
+    else:
+        with pytest.raises(NotSupported, match=path.replace(".", r"\.")) as refused:
+            refuse_unsupported(request)
+        assert (refused.value.field, refused.value.reason) == (path, "NOT_SUPPORTED")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 1},
+        {"best_of": 1},
+        {"adapter": ""},
+        {"priority": inference_pb2.PRIORITY_NORMAL},
+        {"priority": inference_pb2.PRIORITY_UNSPECIFIED},
+        {"sampling": SamplingParams(typical_p=1, repetition_penalty=1, presence_penalty=0, frequency_penalty=-0.0)},
+        {"output": OutputParams(echo_prompt=False)},
+    ],
+)
+def test_a_value_that_changes_nothing_is_taken(model: ServedModel, fields: dict[str, Any]) -> None:
+    check(model, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"n": 2}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"priority": inference_pb2.PRIORITY_LOW}, "priority"),
+        ({"priority": inference_pb2.PRIORITY_HIGH}, "priority"),
+        ({"adapter": "a"}, "adapter"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"sampling": SamplingParams(repetition_penalty=math.nan)}, "sampling.repetition_penalty"),
+        ({"sampling": SamplingParams(allowed_token_ids=TokenIds())}, "sampling.allowed_token_ids"),
+        ({"sampling": SamplingParams(bad_token_ids=TokenIds(ids=[1]))}, "sampling.bad_token_ids.ids"),
+        ({"sampling": SamplingParams(logit_bias={3: 1.0})}, "sampling.logit_bias"),
+        ({"output": OutputParams(logprobs=0)}, "output.logprobs"),
+        ({"beam_search": inference_pb2.BeamSearchParams()}, "beam_search"),
+        ({"beam_search": inference_pb2.BeamSearchParams(num_beams=2)}, "beam_search.num_beams"),
+        ({"structured_output": inference_pb2.StructuredOutput(regex="a")}, "structured_output.regex"),
+    ],
+)
+def test_what_no_code_honours_is_refused(model: ServedModel, fields: dict[str, Any], path: str) -> None:
+    with pytest.raises(NotSupported) as refused:
+        check(model, **fields)
+    assert refused.value.field == path
+
+
+def test_a_penalty_of_the_models_own_is_refused_too_and_says_so() -> None:
+    penalized = served(default_sampling=SamplingParams(repetition_penalty=1.05))
+    with pytest.raises(NotSupported, match=r"generation_config sets it to 1\.05.*set it to 1\.0"):
+        check(penalized)
+    check(penalized, sampling=SamplingParams(repetition_penalty=1))
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+CHAT = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
+MANY = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user")] * 2049)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "field"),
+    [
+        *[({"sampling": SamplingParams(temperature=value)}, "temperature is", "sampling.temperature") for value in (-0.1, 100.1)],
+        *[({"sampling": SamplingParams(temperature=value)}, "temperature is", "sampling.temperature") for value in (math.nan, math.inf)],
+        *[({"sampling": SamplingParams(top_p=value)}, "above 0 to 1", "sampling.top_p") for value in (0.0, -1.0, 1.01, math.nan, -math.inf)],
+        *[({"sampling": SamplingParams(min_p=value)}, "it takes 0 to 1", "sampling.min_p") for value in (-0.01, 1.01, math.nan)],
+        ({"n": 0}, "n is 0", "n"),
+        ({"best_of": 0}, "best_of is 0", "best_of"),
+        ({"priority": 9}, "priority 9", "priority"),
+        ({"stopping": StoppingParams(max_tokens=0)}, "max_tokens is 0; it must be at least 1", "stopping.max_tokens"),
+        ({"stopping": StoppingParams(stop_strings=["a"] * 5)}, "5 entries; it takes 4", "stopping.stop_strings"),
+        ({"stopping": StoppingParams(stop_strings=[""])}, "0 characters", "stopping.stop_strings"),
+        ({"stopping": StoppingParams(stop_strings=["x" * 257])}, "257 characters; it takes 1 to 256", "stopping.stop_strings"),
+        ({"stopping": StoppingParams(stop_token_ids=range(65))}, "65 entries; it takes 64", "stopping.stop_token_ids"),
+        ({"stopping": StoppingParams(stop_token_ids=[4100])}, "token id 4100; this model's ids are below 4100", "stopping.stop_token_ids"),
+        *[({"cache_salt": salt}, "cache_salt has", "cache_salt") for salt in ("", "a b", "x" * 65, "ä", "a/b", "a\n")],
+        *[({"request_id": name}, "request_id has", "request_id") for name in ("", "x" * 65, "é", "a\x00")],
+        ({"text": ""}, "text is empty", "text"),
+        ({"text": "x" * (8 * 2048 + 1)}, "16385 characters; this model takes 16384", "text"),
+        ({"token_ids": TokenIds()}, "token_ids is empty", "token_ids.ids"),
+        ({"token_ids": TokenIds(ids=[1] * 2049)}, r"prompt has 2049 tokens; this model takes 2048 \(max_model_len\); shorten it", None),
+        ({"token_ids": TokenIds(ids=[1]), "parse_special_tokens": True}, "is for text prompts", "parse_special_tokens"),
+        ({"chat": CHAT, "add_special_tokens": True}, "is for text prompts", "add_special_tokens"),
+        ({"chat": inference_pb2.Chat()}, "chat.messages has 0 entries", "chat.messages"),
+        ({"chat": MANY}, "chat.messages has 2049 entries", "chat.messages"),
+        ({"chat": inference_pb2.Chat(messages=[inference_pb2.ChatMessage()])}, "a role has 0 characters", "chat.messages.role"),
+        ({"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=["{}"] * 129)}, "129 entries", "chat.tools_json"),
+        ({"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=["["])}, "not a JSON object", "chat.tools_json"),
+        ({"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=["[1]"])}, "not a JSON object", "chat.tools_json"),
+        ({"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=["[" * 9000])}, "not a JSON object", "chat.tools_json"),
+    ],
+)
+def test_values_outside_their_limits_are_refused_with_the_numbers(
+    model: ServedModel, fields: dict[str, Any], message: str, field: str | None
+) -> None:
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        check(model, **fields)
+    assert refused.value.field == field
+
+
+def test_a_request_without_a_prompt_is_refused(model: ServedModel) -> None:
+    with pytest.raises(InvalidRequest, match="no prompt"):
+        check_fields(GenerateRequest(), model)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "stopping", "message"),
+    [
+        (0, {}, "has no tokens"),
+        (101, {}, r"^prompt has 101 tokens; this model takes 100 \(max_model_len\); shorten it$"),
+        (100, {}, "leaves none of 100"),
+        (10, {"max_tokens": 91}, "prompt has 10 tokens and max_tokens is 91, 101 together; .* lower max_tokens to 90"),
+        (10, {"max_tokens": 5, "min_tokens": 6}, "min_tokens is 6 and max_tokens is 5"),
+        (10, {"min_tokens": 91}, "min_tokens is 91 and max_tokens is 90"),  # the default of max_tokens counts too
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(
+    model: ServedModel, num_prompt_tokens: int, stopping: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        resolved(model, num_prompt_tokens, stopping=StoppingParams(**stopping))
+
+
+def test_prompt_ids_are_held_against_the_models_width(model: ServedModel) -> None:
+    with pytest.raises(InvalidRequest, match="token id 4096; this model's ids are below 4096"):
+        resolve(check(model), [1, 4096], limit=LIMIT, vocab_size=4096, drawn_seed=0)
+
+
+@pytest.mark.parametrize(
+    ("discovered", "engine", "expected"), [(2048, 0, 2048), (0, 0, 2048), (500, 0, 500), (500, 400, 400), (0, 300, 300), (9999, 9999, 2048)]
+)
+def test_the_smallest_limit_counts(discovered: int, engine: int, expected: int) -> None:
+    limit = length_limit(served(max_request_tokens=discovered), engine_max_request_tokens=engine)
+    assert limit.num_tokens == expected
+    assert limit.name.startswith("max_model_len" if expected == 2048 else "max_request_tokens")
+
+
+# -- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_request_goes_before_the_models_defaults_and_those_before_neutral_ones() -> None:
+    model = served(default_sampling=SamplingParams(temperature=0.8, top_p=0.95, top_k=20), eos_token_ids=(0, 3))
+    assert resolved(model).sampling == SamplingState(temperature=0.8, top_p=0.95, top_k=20, seed=77, stop_ids=(0, 3))
+    given = SamplingParams(temperature=0, top_p=1, top_k=0, min_p=0.1, seed=2**64 - 1)
+    stopping = StoppingParams(stop_token_ids=[7, 3, 7, 4099], min_tokens=2)
+    assert resolved(model, sampling=given, stopping=stopping).sampling == SamplingState(
+        temperature=0.0, min_p=0.1, seed=2**64 - 1, min_tokens=2, stop_ids=(0, 3, 7, 4099)
+    )
+    assert resolved(model, stopping=StoppingParams(ignore_eos=True)).sampling.stop_ids == ()
+    neutral = served(default_sampling=SamplingParams())
+    assert resolved(neutral).sampling == SamplingState(seed=77, stop_ids=(0,))
+
+
+def test_what_is_left_after_the_prompt_is_the_default_of_max_tokens(model: ServedModel) -> None:
+    assert resolved(model, 10).max_tokens == 90
+    assert resolved(model, 99).max_tokens == 1
+    assert resolved(model, 10, stopping=StoppingParams(max_tokens=90)).max_tokens == 90
+
+
+def test_the_server_names_a_request_that_has_no_name(model: ServedModel) -> None:
+    assert check(model, request_id="my-1.a_B").request_id == "my-1.a_B"
+    assert check(model).request_id != check(model).request_id
+
+
+def test_an_error_never_quotes_what_the_client_wrote(model: ServedModel) -> None:
+    secret = "my_secret words"
+    for fields in (
+        {"cache_salt": secret},
+        {"request_id": secret},
+        {"stopping": StoppingParams(stop_strings=[secret * 100])},
+        {"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=[secret])},
+        {"text": secret * 5000},
+    ):
+        with pytest.raises(QuireError) as refused:
+            check(model, **fields)
+        assert "secret" not in f"{refused.value.message} {refused.value.metadata}"
