@@ -49,7 +49,7 @@ class ModelConfig:
     max_model_len: int | None = _setting(None, "most tokens of prompt and completion together; the model's own when not given")
     max_sequences: int | None = _setting(None, "most sequences in a batch; 256 on cuda, 32 on cpu")
     max_batched_tokens: int | None = _setting(None, "most tokens in a step; 8192 on cuda, 512 on cpu")
-    num_threads: int | None = _setting(None, "threads that a rank computes with on cpu; the machine's cores shared out when not given")
+    num_threads: int | None = _setting(None, "threads that a rank computes with on cpu; when not given, all cores but one are shared out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         max_model_len=max_model_len,
         max_sequences=max_sequences,
         max_batched_tokens=max_batched_tokens,
-        num_threads=config.num_threads or max(1, (os.cpu_count() or 1) // (config.groups * tensor_parallel_size)),
+        num_threads=config.num_threads or _num_threads(config.groups * tensor_parallel_size),
     )
 
 
@@ -290,6 +290,11 @@ def _model_path(model: str | None) -> Path:
     if model is not None:
         return Path(model).expanduser().absolute()
     return Path(str(importlib.resources.files("quire.demo_model") / "config.json")).parent
+
+
+def _num_threads(num_ranks: int) -> int:
+    """Threads per rank: one core is left to the scheduler and the gateway, because threads that wait for a busy core wait long."""
+    return max(1, ((os.cpu_count() or 2) - 1) // num_ranks)
 
 
 def _num_gpu_blocks(config: ModelConfig, *, block_bytes: int, max_model_len: int, max_sequences: int) -> int:

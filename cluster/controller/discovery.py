@@ -26,7 +26,14 @@ _STATES: Final = {
     GroupState.STOPPED: cluster_pb2.GROUP_STATE_STOPPED,
 }
 # What requests that set nothing take from a model's generation_config.json.
-_SAMPLING_DEFAULTS: Final[Mapping[str, type]] = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
+_SAMPLING_DEFAULTS: Final[Mapping[str, type]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "typical_p": float,
+    "repetition_penalty": float,
+}
 
 
 class ControllerView(Protocol):
@@ -70,6 +77,8 @@ def served_model(plan: ModelPlan, files: list[TokenizerFile], *, max_request_tok
     for name, kind in _SAMPLING_DEFAULTS.items():
         if folder.generation.get(name) is not None:
             setattr(sampling, name, kind(folder.generation[name]))
+    if folder.generation.get("do_sample") is False:
+        sampling.temperature = 0.0
     has_template = any(file.name == "chat_template.jinja" for file in files) or any(
         file.name == "tokenizer_config.json" and '"chat_template"' in file.path.read_text() for file in files
     )

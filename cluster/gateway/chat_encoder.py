@@ -1,7 +1,7 @@
 """Conversations to token ids: a special token comes from the template, never from what a client wrote."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from quire.cluster.gateway.chat_template import ChatTemplate
@@ -27,8 +27,10 @@ class ChatEncoder:
         self._template = template
         self._tokenizer = tokenizer
         self._special = sorted(tokenizer.escapes, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, self._special))) if self._special else None
-        self._first_chars = {text[0] for text in self._special}
+        self._special_pattern = re.compile("|".join(map(re.escape, self._special)) or "(?!)")
+        self._heads = {text[:size] for text in self._special for size in range(1, len(text))}
+        self._tails = {text[size:] for text in self._special for size in range(1, len(text))}
+        self._longest_part = max(map(len, self._special), default=1) - 1
 
     def encode(
         self,
@@ -49,8 +51,7 @@ class ChatEncoder:
             )
         for message in messages:
             self._check_role(message["role"])
-        strings: list[str] = []
-        _map_strings([list(messages), tools], lambda text: strings.append(text) or text)
+        strings = [*_strings_in(messages), *_strings_in(tools)]
         for text in strings:
             check_encodable(text)
 
@@ -60,17 +61,16 @@ class ChatEncoder:
         if not any(self._is_risky(text) for text in strings):
             rendered = render(messages, tools)
             return self._tokenizer.encode(rendered, add_special_tokens=False, parse_special_tokens=True), rendered
-        marker = self._marker_for(strings)
-        marked_messages, marked_tools = _map_strings([list(messages), tools], lambda text: self._mark(text, marker))
-        marked = render(marked_messages, marked_tools)
-        assert self._special_pattern is not None
-        escaped = self._special_pattern.sub(lambda match: self._tokenizer.escapes[match[0]], marked)
+        marker = self._unused_character(strings)
+        # Roles stay as they are: templates compare them, and they were checked.
+        marked_messages = [{**self._mark_all(message, marker), "role": message["role"]} for message in messages]
+        marked = render(marked_messages, self._mark_all(tools, marker))
+        escaped = self._special_pattern.sub(lambda match: self._escape(match, marker), marked)
         return self._tokenizer.encode_escaped(_without(marker, escaped)), _without(marker, marked)
 
     def _check_role(self, role: str) -> None:
-        if role in COMMON_ROLES or f"'{role}'" in self._template.source or f'"{role}"' in self._template.source:
-            return
-        if not role or any(role in text for text in self._special):
+        is_known = role in COMMON_ROLES or f"'{role}'" in self._template.source or f'"{role}"' in self._template.source
+        if not is_known and any(role in text for text in self._special):
             raise InvalidRequest(
                 f"chat.messages has a role that the chat template does not know; it takes {', '.join(sorted(COMMON_ROLES))}",
                 reason="UNKNOWN_ROLE",
@@ -79,29 +79,54 @@ class ChatEncoder:
 
     def _is_risky(self, text: str) -> bool:
         """Whether special tokens could come out of this string: it holds one, or either end of it is a part of one."""
-        if self._special_pattern is None or not text:
-            return False
-        if self._special_pattern.search(text):
-            return True
         stripped = text.strip()
-        return any(_head(stripped, special) or _tail(stripped, special) for special in self._special)
+        return bool(self._special_pattern.search(text) or self._head_size(stripped) or self._tail_size(stripped))
+
+    def _head_size(self, text: str) -> int:
+        """Length of the longest end of `text` with which a special token begins, 0 if there is none."""
+        sizes = range(min(self._longest_part, len(text)), 0, -1)
+        return next((size for size in sizes if text[-size:] in self._heads), 0)
+
+    def _tail_size(self, text: str) -> int:
+        """Length of the longest beginning of `text` with which a special token ends, 0 if there is none."""
+        sizes = range(min(self._longest_part, len(text)), 0, -1)
+        return next((size for size in sizes if text[:size] in self._tails), 0)
+
+    def _mark_all(self, value: Any, marker: str) -> Any:
+        """The same structure with each string in it marked; of keys only those that hold a whole special token."""
+        if isinstance(value, str):
+            return self._mark(value, marker)
+        if isinstance(value, Mapping):
+            return {self._break_up(key, marker): self._mark_all(item, marker) for key, item in value.items()}
+        if isinstance(value, Sequence):
+            return [self._mark_all(item, marker) for item in value]
+        return value
 
     def _mark(self, text: str, marker: str) -> str:
-        if self._special_pattern is None:
-            return text
-        text = self._special_pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text)
-        start, stripped = len(text) - len(text.lstrip()), text.strip()
-        end = start + len(stripped)
-        # Inside the part, not outside: a template may trim the string.
-        if any(len(special) > 1 and _head(stripped, special) for special in self._special):
-            keep = max(_head(stripped, special) for special in self._special)
-            text = text[: end - keep + 1] + marker + text[end - keep + 1 :]
-        if any(_tail(stripped, special) for special in self._special):
-            keep = max(_tail(stripped, special) for special in self._special)
-            text = text[: start + keep - 1] + marker + text[start + keep - 1 :]
+        text = self._break_up(text, marker)
+        stripped = text.strip()
+        start = len(text) - len(text.lstrip())
+        cuts = set()  # inside the parts, not outside: a template may trim the string
+        if head := self._head_size(stripped):
+            cuts.add(start + len(stripped) - head + 1)
+        if tail := self._tail_size(stripped):
+            cuts.add(start + tail - 1)
+        for cut in sorted(cuts, reverse=True):
+            text = text[:cut] + marker + text[cut:]
         return text
 
-    def _marker_for(self, strings: Sequence[str]) -> str:
+    def _break_up(self, text: str, marker: str) -> str:
+        """The text with the marker behind the first character of each whole special token, twice if that is all of it."""
+        broken = self._special_pattern.sub(lambda match: match[0][0] + marker + (match[0][1:] or marker), text)
+        # Two that overlap need another round. One of a single character cannot be broken up; _escape knows it by its marker.
+        is_done = broken == text or all(len(match[0]) == 1 for match in self._special_pattern.finditer(broken))
+        return broken if is_done else self._break_up(broken, marker)
+
+    def _escape(self, match: re.Match[str], marker: str) -> str:
+        is_clients = len(match[0]) == 1 and match.string.startswith(2 * marker, match.end())
+        return match[0] if is_clients else self._tokenizer.escapes[match[0]]
+
+    def _unused_character(self, strings: Sequence[str]) -> str:
         """A private character that occurs neither in a client's string nor in the template."""
         used = set(self._template.source).union(*strings)
         for code in _MARKERS:
@@ -110,27 +135,18 @@ class ChatEncoder:
         raise InvalidRequest("the conversation uses every private use character; leave one out", field="chat.messages")
 
 
-def _head(text: str, special: str) -> int:
-    """Length of the longest end of `text` with which `special` begins, less than all of it."""
-    return next((size for size in range(min(len(special) - 1, len(text)), 0, -1) if text.endswith(special[:size])), 0)
-
-
-def _tail(text: str, special: str) -> int:
-    """Length of the longest beginning of `text` with which `special` ends, less than all of it."""
-    return next((size for size in range(min(len(special) - 1, len(text)), 0, -1) if text.startswith(special[-size:])), 0)
-
-
 def _without(marker: str, text: str) -> str:
     """A template may have written the marker as JSON does for ASCII."""
     return text.replace(marker, "").replace(f"\\u{ord(marker):04x}", "")
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """The same structure with each string in it changed, keys included; roles are left alone, templates compare them."""
+def _strings_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
-    if isinstance(value, Mapping):
-        return {change(key): item if key == "role" else _map_strings(item, change) for key, item in value.items()}
-    return value
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _strings_in(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings_in(item)

@@ -33,7 +33,7 @@ class DetokenizerFactory:
         self._special_ids = frozenset(token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self._byte_of_char = _byte_of_char()
         self._bytes_of_id: dict[int, bytes] = {}
-        self._is_byte_token: dict[int, bool] = {}
+        self._is_byte_token: dict[int, bool | None] = {}
 
     def start(self, *, skip_special_tokens: bool) -> Detokenizer:
         """A detokenizer for a new sequence."""
@@ -52,12 +52,12 @@ class DetokenizerFactory:
             self._bytes_of_id[token_id] = known
         return known
 
-    def is_byte_token(self, token_id: int) -> bool:
-        """Whether the token is one byte in a row of bytes that decode together (<0xE4>)."""
-        known = self._is_byte_token.get(token_id)
-        if known is None:
-            known = self._is_byte_token[token_id] = _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "") is not None
-        return known
+    def is_byte_token(self, token_id: int) -> bool | None:
+        """Whether the token is one byte in a row of bytes that decode together (<0xE4>); None for an id that is no token."""
+        if token_id not in self._is_byte_token:
+            token = self._tokenizer.id_to_token(token_id)
+            self._is_byte_token[token_id] = None if token is None else _BYTE_TOKEN.fullmatch(token) is not None
+        return self._is_byte_token[token_id]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The tokenizer's own decode, special tokens included."""
@@ -83,8 +83,8 @@ class _WindowDetokenizer:
     """For every other decoder: decodes the last piece with and without the new tokens; the difference is their text.
 
     The last piece is there for its effect on what follows (the first token loses its space). A row of byte tokens is text
-    only if all of it is valid, so it is held until another token ends it. Skipped tokens are taken out beforehand, because
-    the tokenizer also drops them before it decodes.
+    only if all of it is valid, so it is held until another token ends it. Skipped tokens and ids that are no tokens are taken
+    out beforehand, because the tokenizer also drops them before it decodes.
     """
 
     # Invariant: token_ids[:read] have been given out; token_ids[prefix:read] is the last piece, not empty in text, or read is 0.
@@ -99,8 +99,10 @@ class _WindowDetokenizer:
         self._next_try = 0  # with bytes that are no text, tries are spaced out so that their cost stays linear
 
     def push(self, token_ids: Sequence[int]) -> str:
-        self._token_ids.extend(token_id for token_id in token_ids if token_id not in self._skipped_ids)
         ids = self._token_ids
+        for token_id in token_ids:
+            if token_id not in self._skipped_ids and self._factory.is_byte_token(token_id) is not None:
+                ids.append(token_id)
         if len(ids) == self._read or len(ids) < self._next_try or self._factory.is_byte_token(ids[-1]):
             return ""
         before = self._factory.decode(ids[self._prefix : self._read]) if self._read else ""

@@ -57,6 +57,8 @@ RECONNECT_MS: Final = 100
 MAX_RECONNECT_MS: Final = 2_000
 # What a client is told to wait after the scheduler was lost: about as long as one takes to start.
 RETRY_AFTER_S: Final = 2.0
+# How long the last messages of a gateway that stops may take to leave.
+LINGER_MS: Final = 200
 # Undecodable messages in a row after which the link is given up: then the versions differ in more than their numbers.
 MAX_BAD_MESSAGES: Final = 100
 
@@ -157,13 +159,15 @@ class EngineLink:
         """Cancel what is in flight and let the messages for that leave, for a moment."""
         for stream in list(self._by_id.values()):
             self.cancel(stream, reason="gateway stops")
-        if self.is_up:
+        for task in self._tasks:
+            task.cancel()
+        if self._socket is not None and self.is_up:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.2):
+                async with asyncio.timeout(LINGER_MS / 1000):
                     while self._outbox:
-                        await asyncio.sleep(0.005)
-        await self._disconnect("the gateway stops", linger_ms=200)
-        self._context.destroy(linger=200)
+                        await self._socket.send(encode(self._outbox.popleft()))
+        await self._disconnect("the gateway stops", linger_ms=LINGER_MS)
+        self._context.destroy(linger=LINGER_MS)
 
     def submit(self, message: Submit) -> EngineStream:
         """Give a request to the scheduler.
@@ -297,9 +301,7 @@ class EngineLink:
 
     def _on_tokens(self, message: Tokens) -> None:
         position = 0
-        for handle, sequence, offset, count in zip(
-            message.handles, message.sequences, message.first_offsets, message.counts, strict=True
-        ):
+        for handle, sequence, offset, count in zip(message.handles, message.sequences, message.first_offsets, message.counts, strict=True):
             token_ids = message.token_ids[position : position + count]
             position += count
             stream = self._by_handle.get(handle)
@@ -327,7 +329,8 @@ class EngineLink:
     def _lose(self, why: str) -> None:
         """The scheduler is gone, or everything that it knew of this gateway's requests is."""
         if self.is_up:
-            log.warning("the link to the scheduler is down with %d requests in flight: %s", len(self._by_id), why)
+            level = logging.WARNING if self._by_id else logging.INFO
+            log.log(level, "the link to the scheduler is down with %d requests in flight: %s", len(self._by_id), why)
         was_up = self.is_up
         self.scheduler_id = None
         self._outbox.clear()

@@ -55,7 +55,7 @@ REFUSED: Final[Mapping[str, tuple[object, ...]]] = {
     "sampling.frequency_penalty": (0.0,),
     "sampling.logit_bias": (),
     "sampling.allowed_token_ids": (),
-    "sampling.bad_token_ids": (inference_pb2.TokenIds(),),
+    "sampling.bad_token_ids": (),
     "sampling.bad_words": (),
     "output.logprobs": (),
     "output.prompt_logprobs": (),

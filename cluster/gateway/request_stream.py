@@ -27,7 +27,7 @@ class RequestStream:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether nothing more will come; there may still be unsent tokens."""
         return self.finished is not None or self.error is not None
 
     def receive(self, *, sequence: int, first_offset: int, token_ids: Sequence[int]) -> None:
@@ -64,7 +64,7 @@ class RequestStream:
         if not self.is_over:
             self.error = error
 
-    def take(self) -> list[int]:
-        """All tokens that have not been taken yet, however many have come since the last time."""
-        taken, self.unsent = self.unsent, []
+    def take(self, *, max_tokens: int) -> list[int]:
+        """The tokens that have not been taken yet, however many have come since the last time, but at most max_tokens."""
+        taken, self.unsent = self.unsent[:max_tokens], self.unsent[max_tokens:]
         return taken

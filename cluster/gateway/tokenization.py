@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 
 from quire.cluster.gateway.detokenizer import DetokenizerFactory
 from quire.common.errors import InvalidRequest
@@ -30,20 +30,45 @@ class PromptTokenizer:
         self.detokenizers = DetokenizerFactory(self._parsing)
         added = self._parsing.get_added_tokens_decoder()
         special = [token.content for _, token in sorted(added.items()) if token.special]
+        unknown = self.named_tokens.get("unk_token")  # also what plain text becomes that has no token
+        self._control_ids = frozenset(token_id for token_id, token in added.items() if token.special and token.content != unknown)
         nonce = secrets.token_hex(8)
         # What stands for each special token in text for `_escaped`.
         self.escapes: Mapping[str, str] = {text: f"\U000f1a2b{nonce}:{number}\U000f1a2c" for number, text in enumerate(special)}
         self._escaped, self._id_of_escaped_id = _escape(self._parsing, self.escapes)
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special_tokens: bool) -> list[int]:
-        """The token ids of a text."""
-        tokenizer = self._parsing if parse_special_tokens else self._literal
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """The token ids of a text.
+
+        Raises:
+            InvalidRequest: a special token's text is to stay literal, and the tokenizer has no other tokens for it.
+        """
+        if parse_special_tokens:
+            return self._parsing.encode(text, add_special_tokens=add_special_tokens).ids
+        encoding = self._literal.encode(text, add_special_tokens=add_special_tokens)
+        ids = encoding.ids
+        if not self._control_ids.isdisjoint(ids):
+            added = encoding.special_tokens_mask
+            self._refuse_control_ids([token_id for token_id, is_added in zip(ids, added, strict=True) if not is_added])
+        return ids
 
     def encode_escaped(self, text: str) -> list[int]:
-        """The token ids of a text in which special tokens are written by their `escapes`; their own texts are plain text."""
+        """The token ids of a text in which special tokens are written by their `escapes`; their own texts are plain text.
+
+        Raises:
+            InvalidRequest: as `encode`.
+        """
         ids = self._escaped.encode(text, add_special_tokens=False).ids
+        self._refuse_control_ids([token_id for token_id in ids if token_id not in self._id_of_escaped_id])
         return [self._id_of_escaped_id.get(token_id, token_id) for token_id in ids]
+
+    def _refuse_control_ids(self, token_ids: Sequence[int]) -> None:
+        """Some vocabularies (Unigram) reach special tokens through plain text; better refuse than obey such a text."""
+        if not self._control_ids.isdisjoint(token_ids):
+            raise InvalidRequest(
+                "the prompt holds the text of a special token, which this model's tokenizer cannot take literally; take it out",
+                reason="SPECIAL_TOKEN_TEXT",
+            )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of token ids, U+FFFD where they are not whole characters."""
@@ -75,7 +100,8 @@ def _token_text(entry: Any) -> str | None:
 
 
 def _load(tokenizer_json: str, tokenizer_config: Mapping[str, Any], named_tokens: Mapping[str, str]) -> Tokenizer:
-    """As transformers loads it: nothing is cut or padded, and the config has the last word on special tokens."""
+    """As transformers loads it: nothing is cut or padded, the config may name more special tokens, and whether a begin token is
+    added is the file's business (the config's add_bos_token does not count beside a tokenizer.json)."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -86,25 +112,15 @@ def _load(tokenizer_json: str, tokenizer_config: Mapping[str, Any], named_tokens
         # A token that the vocabulary lacks would get an id that the model has no row for.
         if text is not None and text not in special and tokenizer.token_to_id(text) is not None:
             tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-    if "add_bos_token" in tokenizer_config or "add_eos_token" in tokenizer_config:
-        tokenizer.post_processor = _bos_eos_processor(tokenizer, tokenizer_config, named_tokens)
     return tokenizer
 
 
-def _bos_eos_processor(tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], named_tokens: Mapping[str, str]) -> Any:
-    bos = named_tokens.get("bos_token") if tokenizer_config.get("add_bos_token") else None
-    eos = named_tokens.get("eos_token") if tokenizer_config.get("add_eos_token") else None
-    tokens = [token for token in (bos, eos) if token is not None and tokenizer.token_to_id(token) is not None]
-    single = [*([bos] if bos in tokens else []), "$A", *([eos] if eos in tokens else [])]
-    return processors.TemplateProcessing(single=single, special_tokens=[(token, tokenizer.token_to_id(token)) for token in set(tokens)])
-
-
 def _escape(tokenizer: Tokenizer, escapes: Mapping[str, str]) -> tuple[Tokenizer, dict[int, int]]:
-    """The tokenizer with its special tokens renamed, and the real id of each added token where renaming moved it."""
+    """The tokenizer with its special tokens renamed, and the real id of each added token, which renaming may have moved."""
     spec = json.loads(tokenizer.to_str())
     added = spec["added_tokens"]
     spec["added_tokens"] = [{**token, "content": escapes.get(token["content"], token["content"])} for token in added]
     spec["post_processor"] = None
     renamed = Tokenizer.from_str(json.dumps(spec))
     ids = {renamed.token_to_id(escapes.get(token["content"], token["content"])): token["id"] for token in added}
-    return renamed, {new_id: old_id for new_id, old_id in ids.items() if new_id is not None and new_id != old_id}
+    return renamed, {new_id: old_id for new_id, old_id in ids.items() if new_id is not None}

@@ -123,10 +123,10 @@ def test_a_cancelled_stream_gives_its_blocks_back(tiny: str) -> None:
     with Client(tiny) as client:
         with client.stream([5, 6, 7], temperature=0, max_tokens=240, ignore_eos=True) as stream:
             next(iter(stream))
-            assert client.cluster.groups()[0].gpu_blocks.held > 0
+            assert client.cluster.groups()[0].gpu_blocks.num_held > 0
             stream.cancel()
         for _ in range(100):
-            if client.cluster.groups()[0].gpu_blocks.held == 0:
+            if client.cluster.groups()[0].gpu_blocks.num_held == 0:
                 return
         raise AssertionError(f"blocks are still held: {client.cluster.groups()[0].gpu_blocks}")
 
@@ -139,5 +139,5 @@ def test_a_bad_request_is_refused_with_its_numbers_and_nothing_is_lost(tiny: str
             call([5] * 300, max_tokens=1)
         with pytest.raises(NotSupported, match="n"):
             call([5], max_tokens=1, n=3)
-        assert client.cluster.groups()[0].gpu_blocks.held == 0
+        assert client.cluster.groups()[0].gpu_blocks.num_held == 0
         assert len(client.generate([5], max_tokens=3, ignore_eos=True).token_ids) == 3

@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import grpc
 from fake_scheduler import FakeController, FakeScheduler, demo_files
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from quire.cluster.gateway.main import Gateway, GatewayConfig
 from quire.common.messages import ModelLimits
+from quire.v1 import inference_pb2
 from quire.v1.cluster_pb2_grpc import ClusterServiceStub
 from quire.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -42,21 +45,30 @@ class Running:
         response = await health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(service=service))
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
+    async def num_models(self) -> int:
+        return len((await self.inference.ListModels(inference_pb2.ListModelsRequest())).models)
+
     async def wait_for_health(self, status: str, *, timeout_s: float = 5.0) -> None:
-        async with asyncio.timeout(timeout_s):
-            while await self.health() != status:
-                await asyncio.sleep(0.01)
+        async def is_it() -> bool:
+            return await self.health() == status
+
+        await until(is_it, timeout_s=timeout_s)
 
 
 @contextlib.asynccontextmanager
 async def running_gateway(
-    tmp_path: Path, *, scheduler: FakeScheduler | None = None, files: dict[str, bytes] | None = None, **settings: Any
+    tmp_path: Path,
+    *,
+    scheduler: FakeScheduler | None = None,
+    files: dict[str, bytes] | None = None,
+    model: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Running]:
-    """A ready gateway; `settings` are the config's."""
+    """A ready gateway; `model` is what the table says of the model, `settings` are the config's."""
     scheduler = scheduler or FakeScheduler()
     scheduler.limits = scheduler.limits or LIMITS
     async with scheduler, FakeController(scheduler.address) as controller:
-        controller.serve(files or demo_files())
+        controller.serve(files or demo_files(), **(model or {}))
         config = GatewayConfig(
             listen="127.0.0.1:0", discovery_address=controller.address, report_path=str(tmp_path / "report.json"), **settings
         )
@@ -64,15 +76,37 @@ async def running_gateway(
         address = await gateway.start()
         watch = asyncio.create_task(gateway.watch())
         try:
-            async with asyncio.timeout(10), grpc.aio.insecure_channel(address) as channel:
+            async with asyncio.timeout(10):
                 await gateway.is_ready.wait()
-                running = Running(gateway, scheduler, controller, address, channel)
-                async with asyncio.timeout(None):
-                    yield running
+            async with grpc.aio.insecure_channel(address) as channel:
+                yield Running(gateway, scheduler, controller, address, channel)
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             await gateway.stop()
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], *, timeout_s: float = 10.0) -> None:
+    """Look every few milliseconds: for what another process, or the far side of a socket, does in its own time."""
+    async with asyncio.timeout(timeout_s):
+        for pause_s in itertools.chain([0.0], itertools.repeat(0.01)):
+            await asyncio.sleep(pause_s)
+            held = condition()
+            if held if isinstance(held, bool) else await held:
+                return
+
+
+async def refusal(call: Any) -> grpc.aio.AioRpcError:
+    """The error that a call ends with."""
+    try:
+        if isinstance(call, grpc.aio.UnaryStreamCall):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        else:
+            await call
+    except grpc.aio.AioRpcError as error:
+        return error
+    raise AssertionError("the call ended well")
 
 
 def details_of(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo, list[str], float | None]:

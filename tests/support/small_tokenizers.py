@@ -6,7 +6,12 @@ from typing import Any
 from fake_scheduler import demo_files, tokenizer_files
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-CORPUS = ["the quick brown fox said no", "You are a helpful assistant. user system tool", '{"name": "get_weather", "x": 12}', "你好 世界"] * 30
+CORPUS = [
+    "the quick brown fox said no",
+    "You are a helpful assistant. user system tool",
+    '{"name": "get_weather", "x": 12}',
+    "你好 世界",
+] * 30
 
 CHATML = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
@@ -87,7 +92,14 @@ def llama_like() -> dict[str, bytes]:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": {"content": "<s>", "__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False},
+        "bos_token": {
+            "content": "<s>",
+            "__type": "AddedToken",
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+        },
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "chat_template": [{"name": "default", "template": INST}, {"name": "tool_use", "template": "{{ tools | tojson }}" + INST}],

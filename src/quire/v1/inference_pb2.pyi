@@ -778,7 +778,7 @@ class Completion(_message.Message):
     index: _builtins.int
     """Which of the n sequences."""
     text: _builtins.str
-    """Its text."""
+    """Its text. A stop token's own text is not part of it, whatever skip_special_tokens says."""
     finish_reason: Global___FinishReason.ValueType
     """Why it ended."""
     cumulative_logprob: _builtins.float
@@ -871,7 +871,9 @@ class GenerateStreamResponse(_message.Message):
     index: _builtins.int
     """Which of the n sequences."""
     text_delta: _builtins.str
-    """Text that follows what was sent before. Never half a character: text may come later than its tokens."""
+    """Text that follows what was sent before. Never half a character: text may come later than its tokens.
+    A stop token's own text is not part of it.
+    """
     finish_reason: Global___FinishReason.ValueType
     """Why the sequence ended; set in its last message only."""
     seed: _builtins.int

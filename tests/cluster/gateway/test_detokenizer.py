@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from fake_scheduler import DEMO_MODEL
-from quire.cluster.gateway.detokenizer import Detokenizer, DetokenizerFactory
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from quire.cluster.gateway.detokenizer import Detokenizer, DetokenizerFactory
 
 NUM_CASES = 3000
 ALPHABETS = (
-    "the quick brown fox said: \"no!\" 12,345.67\n\t  ",
+    'the quick brown fox said: "no!" 12,345.67\n\t  ',
     "😀👩‍👩‍👧‍👦🏳️‍🌈🤷🏽‍♀️🇫🇷",
     "你好世界这是一个测试漢字かなカナ한국어",
     "e\u0301a\u0308o\u0302n\u0303\u200d\ufe0f\u0e01\u0e33",

@@ -4,13 +4,14 @@ import random
 
 import pytest
 from fake_scheduler import DEMO_MODEL
+from tokenizers import Tokenizer
+
 from quire.cluster.gateway.completion import Completion
 from quire.cluster.gateway.detokenizer import DetokenizerFactory
 from quire.cluster.gateway.request_stream import RequestStream
 from quire.cluster.gateway.stop_strings import StopStrings
 from quire.common.errors import InternalError, Unavailable
 from quire.common.messages import EndReason, Finished, Spans, UsageCounts
-from tokenizers import Tokenizer
 
 
 def finished(num_tokens: int, *, stop_id: int | None = None) -> Finished:
@@ -22,8 +23,9 @@ def test_duplicates_are_dropped_and_the_rest_of_the_message_counts() -> None:
     stream.receive(sequence=0, first_offset=0, token_ids=[10, 11, 12])
     stream.receive(sequence=0, first_offset=1, token_ids=[11, 12])
     stream.receive(sequence=0, first_offset=2, token_ids=[12, 13])
-    assert stream.take() == [10, 11, 12, 13]
-    assert stream.take() == []
+    assert stream.take(max_tokens=3) == [10, 11, 12]
+    assert stream.take(max_tokens=99) == [13]
+    assert stream.take(max_tokens=99) == []
     assert not stream.is_over
 
 
@@ -37,7 +39,7 @@ def test_a_gap_or_one_too_many_fails_the_request(sequence: int, first_offset: in
     stream.receive(sequence=sequence, first_offset=first_offset, token_ids=token_ids)
     assert isinstance(stream.error, InternalError)
     assert stream.error.reason == reason
-    assert stream.take() == [1]
+    assert stream.take(max_tokens=99) == [1]
 
 
 def test_an_end_that_counts_more_tokens_than_came_is_a_gap() -> None:

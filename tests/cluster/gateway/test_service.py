@@ -9,10 +9,12 @@ from typing import Any
 import grpc
 import pytest
 import small_tokenizers
-from fake_scheduler import DEMO_MODEL, FakeScheduler, Script
-from gateway_parts import LIMITS, Running, details_of, running_gateway
+from fake_scheduler import DEMO_MODEL, FakeScheduler, Script, tokenizer_files
+from gateway_parts import LIMITS, Running, details_of, refusal, running_gateway, until
 from google.rpc import status_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tokenizers import Tokenizer
+
 from quire.cluster.gateway import engine_link, generation
 from quire.common.errors import StatusCode
 from quire.common.hashing import cache_root, hash_full_blocks
@@ -20,7 +22,6 @@ from quire.common.messages import Accepted, Cancel, Finish, Hello, ModelLimits, 
 from quire.internal.v1 import discovery_pb2
 from quire.v1 import cluster_pb2, inference_pb2
 from quire.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, OutputParams, SamplingParams, StoppingParams, TokenIds
-from tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
 STORY = "Once upon a time there was a small fox. 你好 😀 The end"
@@ -32,17 +33,6 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
     """A gateway whose scheduler tells the story and ends it with the end token."""
     async with running_gateway(tmp_path, scheduler=FakeScheduler(script=lambda _: Script([*STORY_IDS, 0]))) as running:
         yield running
-
-
-async def refusal(call: Any) -> grpc.aio.AioRpcError:
-    """The error that a call ends with."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if isinstance(call, grpc.aio.UnaryStreamCall):
-            while await call.read() is not grpc.aio.EOF:
-                pass
-        else:
-            await call
-    return caught.value
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -63,7 +53,12 @@ async def test_a_request_is_answered_with_text_ids_usage_timings_and_seed(runnin
     assert usage.cached_token_count == num_prompt_tokens // 2
     assert response.seed == 7
     timings = response.timings
-    assert (timings.queue.nanos, timings.prefill.nanos, timings.decode.seconds, timings.preemption_count) == (250_000_000, 500_000_000, 1, 3)
+    assert (timings.queue.nanos, timings.prefill.nanos, timings.decode.seconds, timings.preemption_count) == (
+        250_000_000,
+        500_000_000,
+        1,
+        3,
+    )
     assert 0 < timings.time_to_first_token.ToNanoseconds() <= timings.total.ToNanoseconds()
 
 
@@ -79,7 +74,7 @@ async def test_the_stream_carries_what_the_whole_answer_has(running: Running) ->
     assert last.usage.completion_token_count == 12
     assert last.HasField("timings")
     assert last.HasField("seed")
-    assert not any("\ufffd" in message.text_delta for message in messages)
+    assert not any("\ufffd" in message.text_delta for message in others)  # only max_tokens may cut a character
     [submit] = running.scheduler.of_kind(Submit)
     assert last.seed == submit.sampling.seed
     assert {message.request_id for message in messages} == {last.request_id}
@@ -194,7 +189,13 @@ async def test_an_end_that_the_scheduler_does_not_confirm_comes_all_the_same(run
     ("request_", "code", "reason", "fields", "message"),
     [
         (GenerateRequest(text="x", n=2), "UNIMPLEMENTED", "NOT_SUPPORTED", ["n"], "n is not supported yet"),
-        (GenerateRequest(text="x", sampling=SamplingParams(top_p=0)), "INVALID_ARGUMENT", "INVALID_REQUEST", ["sampling.top_p"], "top_p is 0"),
+        (
+            GenerateRequest(text="x", sampling=SamplingParams(top_p=0)),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+            ["sampling.top_p"],
+            "top_p is 0",
+        ),
         (GenerateRequest(), "INVALID_ARGUMENT", "EMPTY_PROMPT", ["prompt"], "no prompt"),
         (GenerateRequest(text="x", model="gpt"), "NOT_FOUND", "MODEL_NOT_FOUND", ["model"], "served: quire-tales"),
         (GenerateRequest(token_ids=TokenIds(ids=[4096])), "INVALID_ARGUMENT", "UNKNOWN_TOKEN_ID", ["token_ids.ids"], "below 4096"),
@@ -365,9 +366,7 @@ async def test_a_slow_reader_gets_everything_in_few_messages(running: Running) -
     task = asyncio.create_task(running.gateway.inference.GenerateStream(GenerateRequest(text="x"), context))  # type: ignore[arg-type]
     num_tokens = len(STORY_IDS) * 20
     await running.scheduler.wait_for(Submit)
-    async with asyncio.timeout(5):
-        while running.gateway.inference._link._by_id:
-            await asyncio.sleep(0.01)  # until the scheduler has told it all
+    await until(lambda: not running.gateway.inference._link._by_id)  # the scheduler has told it all
     for _ in range(3):
         context.may_take.release()
         await asyncio.sleep(0)
@@ -387,21 +386,28 @@ async def test_a_reader_that_takes_nothing_is_given_up(running: Running, monkeyp
     await running.scheduler.wait_for(Cancel)
 
 
-async def test_a_reader_that_stalls_on_a_real_connection_is_given_up(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its socket buffers fill, the write blocks, the request is cancelled, and the gateway serves others."""
-    monkeypatch.setattr(running.gateway.inference, "_write_stall_timeout_s", 0.2)
-    running.scheduler.limits = (ModelLimits("quire-tales", 16, 2048),)
-    big = [*range(256, 2256)][:1900]
-
-    running.scheduler.script = lambda submit: Script(big, group_sizes=[1900]) if submit.max_tokens > 100 else Script([5, 0])
-    async with grpc.aio.insecure_channel(running.address, options=(("grpc.http2.lookahead_bytes", 1024),)) as channel:
-        stub = type(running.inference)(channel)
-        calls = [stub.GenerateStream(GenerateRequest(text="x")) for _ in range(40)]
-        await running.scheduler.wait_for(Submit, count=40)
-        response = await running.inference.Generate(GenerateRequest(text="x", stopping=StoppingParams(max_tokens=2)))
-        assert response.usage.completion_token_count == 2
-        for call in calls:
-            call.cancel()
+async def test_a_reader_that_stalls_on_a_real_connection_is_given_up(tmp_path: Path) -> None:
+    """The transport takes some megabytes, then the write blocks; the request is cancelled and the gateway serves others."""
+    tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    tokenizer.add_tokens(["long " * 200])
+    scheduler = FakeScheduler(
+        script=lambda submit: Script([4096] * 20_000, group_sizes=[1000] * 20, ends=False) if submit.max_tokens > 2 else Script([5, 0]),
+        limits=(ModelLimits("quire-tales", 16, 100_000),),
+    )
+    model = {"logits_size": 5000, "max_model_len": 100_000, "max_request_tokens": 100_000}
+    files = tokenizer_files(tokenizer.to_str(), {})
+    async with running_gateway(tmp_path, scheduler=scheduler, model=model, files=files) as running:
+        running.gateway.inference._write_stall_timeout_s = 0.2
+        async with grpc.aio.insecure_channel(running.address) as channel:
+            call = type(running.inference)(channel).GenerateStream(GenerateRequest(text="x"))
+            await call.read()
+            cancel = await scheduler.wait_for(Cancel)
+            assert cancel.request_id == scheduler.of_kind(Submit)[0].request_id
+            response = await running.inference.Generate(GenerateRequest(text="x", stopping=StoppingParams(max_tokens=2)))
+            assert response.usage.completion_token_count == 2
+            assert running.gateway._gate.num_calls == 0
+            error = await refusal(call)
+            assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.CANCELLED, "CLIENT_NOT_READING")
 
 
 # -- the link to the scheduler ----------------------------------------------------------------------------------------
@@ -478,9 +484,7 @@ async def test_lost_tokens_fail_the_request_and_only_that_one(running: Running) 
 async def test_the_schedulers_limits_count(running: Running) -> None:
     running.scheduler.limits = (ModelLimits("quire-tales", 32, 64),)
     await running.scheduler.welcome()
-    async with asyncio.timeout(5):
-        while running.gateway.inference._link.limits_of("quire-tales") == LIMITS[0]:
-            await asyncio.sleep(0.01)
+    await until(lambda: running.gateway.inference._link.limits_of("quire-tales") != LIMITS[0])
     error = await refusal(running.inference.Generate(GenerateRequest(token_ids=TokenIds(ids=[1] * 65))))
     assert "prompt has 65 tokens; this model takes 64 (max_request_tokens" in str(error.details())
     await running.inference.Generate(GenerateRequest(token_ids=TokenIds(ids=[5] * 40)))
@@ -491,13 +495,18 @@ async def test_the_schedulers_limits_count(running: Running) -> None:
 # -- discovery --------------------------------------------------------------------------------------------------------
 
 
+async def until_served(running: Running, num_models: int) -> None:
+    async def is_it() -> bool:
+        return await running.num_models() == num_models
+
+    await until(is_it)
+
+
 async def test_models_come_and_go_with_the_routing_table(running: Running) -> None:
     num_fetches = running.controller.num_fetches
     running.controller.serve(small_tokenizers.llama_like(), name="other", vocab_size=600, is_default=True)
     await running.controller.change()
-    async with asyncio.timeout(5):
-        while len((await running.inference.ListModels(inference_pb2.ListModelsRequest())).models) < 2:
-            await asyncio.sleep(0.01)
+    await until_served(running, 2)
     assert running.controller.num_fetches == num_fetches + 2  # only the files that are new
     response = await running.inference.Tokenize(inference_pb2.TokenizeRequest(text="the fox"))  # the default is the new one
     assert response.token_ids[0] == 1
@@ -505,15 +514,9 @@ async def test_models_come_and_go_with_the_routing_table(running: Running) -> No
     assert list(response.token_ids) == TOKENIZER.encode("the fox").ids
     running.controller.models[1].model.default = False
     await running.controller.change()
-    async with asyncio.timeout(5):
-        while True:
-            call = running.inference.Tokenize(inference_pb2.TokenizeRequest(text="the fox"))
-            try:
-                await call
-            except grpc.aio.AioRpcError as error:
-                assert details_of(error)[0].reason == "MODEL_NOT_NAMED"
-                break
-            await asyncio.sleep(0.01)
+    await until(lambda: not any(model.public.default for model in running.gateway._watcher.table.models.values()))
+    error = await refusal(running.inference.Tokenize(inference_pb2.TokenizeRequest(text="the fox")))
+    assert details_of(error)[0].reason == "MODEL_NOT_NAMED"
 
 
 async def test_the_last_table_stays_while_the_controller_is_away(running: Running) -> None:
@@ -537,9 +540,7 @@ async def test_a_file_that_is_not_what_the_table_names_is_not_used(running: Runn
     assert running.controller.num_fetches > 2  # it was tried, and the old table stays
     assert [m.name for m in (await running.inference.ListModels(inference_pb2.ListModelsRequest())).models] == ["quire-tales"]
     running.controller.corrupts_files = False
-    async with asyncio.timeout(10):
-        while len((await running.inference.ListModels(inference_pb2.ListModelsRequest())).models) < 2:
-            await asyncio.sleep(0.02)
+    await until_served(running, 2)
 
 
 def test_a_table_entry_has_all_that_a_gateway_uses() -> None:

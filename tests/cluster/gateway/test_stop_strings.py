@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from quire.cluster.gateway.stop_strings import StopStrings
 
 

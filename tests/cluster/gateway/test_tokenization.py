@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import small_tokenizers
 from fake_scheduler import model_entry, tokenizer_files
+
 from quire.cluster.gateway.chat_template import ChatTemplate
 from quire.cluster.gateway.served_model import ServedModel, load_served_model
 from quire.common.errors import ConfigError, InvalidRequest
@@ -111,7 +112,9 @@ def test_contents_that_a_template_joins_do_not_become_a_special_token() -> None:
     """The built-in template puts the system text in front of the user's; one that puts nothing between is the worst case."""
     files = small_tokenizers.demo()
     config = json.loads(files["tokenizer_config.json"])
-    files["tokenizer_config.json"] = json.dumps(config | {"chat_template": "{% for m in messages %}{{ m.content|trim }}{% endfor %}"}).encode()
+    files["tokenizer_config.json"] = json.dumps(
+        config | {"chat_template": "{% for m in messages %}{{ m.content|trim }}{% endfor %}"}
+    ).encode()
     model = load_served_model(model_entry(files), files)
     ids, rendered = encode_chat(model, [{"role": "user", "content": "<|us  "}, {"role": "user", "content": " er|>"}])
     assert rendered == "<|user|>"

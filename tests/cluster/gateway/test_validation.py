@@ -8,6 +8,7 @@ import pytest
 from fake_scheduler import demo_files, model_entry
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+
 from quire.cluster.gateway.request_fields import HONOURED, REFUSED, refuse_unsupported
 from quire.cluster.gateway.served_model import ServedModel, load_served_model
 from quire.cluster.gateway.validation import CheckedFields, LengthLimit, ResolvedRequest, check_fields, length_limit, resolve
@@ -168,7 +169,10 @@ MANY = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user")] * 20
     [
         *[({"sampling": SamplingParams(temperature=value)}, "temperature is", "sampling.temperature") for value in (-0.1, 100.1)],
         *[({"sampling": SamplingParams(temperature=value)}, "temperature is", "sampling.temperature") for value in (math.nan, math.inf)],
-        *[({"sampling": SamplingParams(top_p=value)}, "above 0 to 1", "sampling.top_p") for value in (0.0, -1.0, 1.01, math.nan, -math.inf)],
+        *[
+            ({"sampling": SamplingParams(top_p=value)}, "above 0 to 1", "sampling.top_p")
+            for value in (0.0, -1.0, 1.01, math.nan, -math.inf)
+        ],
         *[({"sampling": SamplingParams(min_p=value)}, "it takes 0 to 1", "sampling.min_p") for value in (-0.01, 1.01, math.nan)],
         ({"n": 0}, "n is 0", "n"),
         ({"best_of": 0}, "best_of is 0", "best_of"),
@@ -220,9 +224,7 @@ def test_a_request_without_a_prompt_is_refused(model: ServedModel) -> None:
         (10, {"min_tokens": 91}, "min_tokens is 91 and max_tokens is 90"),  # the default of max_tokens counts too
     ],
 )
-def test_lengths_that_do_not_fit_are_refused(
-    model: ServedModel, num_prompt_tokens: int, stopping: dict[str, int], message: str
-) -> None:
+def test_lengths_that_do_not_fit_are_refused(model: ServedModel, num_prompt_tokens: int, stopping: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         resolved(model, num_prompt_tokens, stopping=StoppingParams(**stopping))
 

@@ -1,0 +1,99 @@
+"""The gRPC server: its limits, its services, its health."""
+
+import asyncio
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from quire.cluster.gateway.cluster_service import ClusterService
+from quire.cluster.gateway.service import InferenceService
+from quire.v1 import cluster_pb2, inference_pb2
+from quire.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
+from quire.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+
+INFERENCE_SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+CLUSTER_SERVICE: Final = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
+
+# A prompt of the longest models fits; more is an attack or a mistake.
+MAX_MESSAGE_BYTES: Final = 4 * 2**20
+MAX_METADATA_BYTES: Final = 8 * 2**10
+# Streams beyond this are refused, not queued, when a client opens them before it has read our settings (measured: 88 of 900
+# at 128). So it is above what one client keeps open, while one connection still cannot take the whole gateway (rapid reset).
+MAX_STREAMS_PER_CONNECTION: Final = 1024
+# gRPC drops calls at random between these two, as a bare CANCELLED; its own 1000 and 3000 are below an honest burst.
+MAX_PENDING_CALLS: Final = 8192
+MAX_PENDING_CALLS_HARD: Final = 16384
+MAX_CONNECTIONS: Final = 1024
+# A client that is gone without a word (frozen, cut off) is noticed within ten seconds. ping_timeout is the one that counts:
+# with gRPC's 60 s the other two changed nothing in 45 s.
+KEEPALIVE_TIME_MS: Final = 5_000
+KEEPALIVE_TIMEOUT_MS: Final = 3_000
+PING_TIMEOUT_MS: Final = 5_000
+# Clients may ping this often, calls or not; gRPC's own five minutes ends connections of clients that only look after theirs.
+MIN_CLIENT_PING_INTERVAL_MS: Final = 5_000
+MAX_CONNECTION_IDLE_MS: Final = 300_000
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS_HARD),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_INTERVAL_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_connection_idle_ms", MAX_CONNECTION_IDLE_MS),
+    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
+)
+
+
+class Server:
+    """The services on one port."""
+
+    def __init__(self, inference: InferenceService, cluster: ClusterService) -> None:
+        self._server = grpc.aio.server(options=_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        self._is_serving: bool | None = None
+        self._health_lock = asyncio.Lock()
+        add_InferenceServiceServicer_to_server(inference, self._server)
+        add_ClusterServiceServicer_to_server(cluster, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (INFERENCE_SERVICE, CLUSTER_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, listen: str) -> int:
+        """Serve on "host:port", not healthy yet; the port.
+
+        Raises:
+            RuntimeError: the address cannot be bound.
+        """
+        await self.set_serving(False)
+        port = self._server.add_insecure_port(listen)
+        await self._server.start()
+        return port
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Say on grpc.health.v1 whether requests are served, for the whole server and for each service."""
+        async with self._health_lock:
+            if is_serving == self._is_serving:
+                return
+            self._is_serving = is_serving
+            status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+            for name in (health.OVERALL_HEALTH, INFERENCE_SERVICE, CLUSTER_SERVICE):
+                await self._health.set(name, status)
+
+    async def stop_serving(self) -> None:
+        """NOT_SERVING for good."""
+        await self.set_serving(False)
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, *, grace_s: float) -> None:
+        """End what still runs after grace_s."""
+        await self._server.stop(grace_s)

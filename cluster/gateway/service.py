@@ -1,0 +1,271 @@
+"""quire.v1.InferenceService: the edge between gRPC and the rest of the gateway."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import grpc
+
+from quire.cluster.gateway.call_gate import CallGate
+from quire.cluster.gateway.completion import Piece
+from quire.cluster.gateway.discovery import RoutingTable
+from quire.cluster.gateway.engine_link import EngineLink
+from quire.cluster.gateway.generation import End, Generation, make_submit
+from quire.cluster.gateway.grpc_errors import Context, duration_of, errors_as_status
+from quire.cluster.gateway.request_fields import refuse_unsupported
+from quire.cluster.gateway.served_model import ServedModel
+from quire.cluster.gateway.text_workers import TextWorkers
+from quire.cluster.gateway.validation import (
+    CheckedFields,
+    Prompt,
+    ResolvedRequest,
+    chat_prompt,
+    check_fields,
+    check_token_ids,
+    encode_prompt,
+    length_limit,
+    resolve,
+    text_prompt,
+)
+from quire.common.clock import Clock, monotonic
+from quire.common.errors import Cancelled, DeadlineExceeded, InvalidRequest
+from quire.common.messages import EndReason, Submit
+from quire.v1 import inference_pb2
+from quire.v1.inference_pb2_grpc import InferenceServiceServicer
+
+log = logging.getLogger("quire.gateway")
+
+# A client that takes nothing for so long is given up, and its request is cancelled. Until then its tokens wait in its stream.
+WRITE_STALL_TIMEOUT_S: Final = 30.0
+
+_FINISH_REASONS: Final = {EndReason.STOP: inference_pb2.FINISH_REASON_STOP, EndReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH}
+
+
+class InferenceService(InferenceServiceServicer):
+    """Every entry point goes through the same gate, validator and error mapping."""
+
+    def __init__(
+        self,
+        *,
+        table: Callable[[], RoutingTable],
+        link: EngineLink,
+        workers: TextWorkers,
+        gate: CallGate,
+        request_timeout_s: float,
+        write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S,
+        clock: Clock = monotonic,
+    ) -> None:
+        self._table = table
+        self._link = link
+        self._workers = workers
+        self._gate = gate
+        self._request_timeout_s = request_timeout_s
+        self._write_stall_timeout_s = write_stall_timeout_s
+        self._clock = clock
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> inference_pb2.GenerateResponse:
+        async with self._call(context) as call, self._generation(request, call) as running:
+            pieces = [await running.generation.next_piece()]
+            while running.generation.end is None:
+                pieces.append(await running.generation.next_piece())
+        return running.whole_response(pieces, now_s=self._clock())
+
+    async def GenerateStream(  # type: ignore[override]  # written piece by piece, to notice a client that does not read
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> None:
+        async with self._call(context) as call, self._generation(request, call) as running:
+            while running.generation.end is None:
+                piece = await running.generation.next_piece()
+                await self._write(context, running.stream_response(piece, now_s=self._clock()))
+
+    async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> inference_pb2.ListModelsResponse:
+        async with self._call(context):
+            models = self._table().models
+        return inference_pb2.ListModelsResponse(models=[models[name].public for name in sorted(models)])
+
+    async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Context) -> inference_pb2.TokenizeResponse:
+        async with self._call(context):
+            refuse_unsupported(request)
+            model = self._table().find(request.model)
+            kind = request.WhichOneof("input")
+            if kind is None:
+                raise InvalidRequest("the request has no input; set text or chat", reason="EMPTY_PROMPT", field="input")
+            for name in ("add_special_tokens", "parse_special_tokens"):
+                if kind == "chat" and getattr(request, name):
+                    raise InvalidRequest(f"{name} is for text; this input is chat; leave it unset", field=name)
+            prompt: Prompt = chat_prompt(request.chat, model) if kind == "chat" else text_prompt(request, model)
+            token_ids, rendered = await self._workers.run(encode_prompt, prompt, model)
+        return inference_pb2.TokenizeResponse(token_ids=token_ids, rendered=rendered)
+
+    async def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Context) -> inference_pb2.DetokenizeResponse:
+        async with self._call(context):
+            model = self._table().find(request.model)
+            ids = request.token_ids
+            if len(ids) > model.max_model_len:
+                text = f"token_ids has {len(ids)} entries; this model takes {model.max_model_len} (max_model_len); send fewer"
+                raise InvalidRequest(text, field="token_ids")
+            check_token_ids(ids, below=max(model.vocab_size, model.logits_size), field="token_ids", what="token_ids")
+            skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+            text = await self._workers.run(model.tokenizer.decode, list(ids), skip_special_tokens=skip)
+        return inference_pb2.DetokenizeResponse(text=text)
+
+    # -- what the calls share -----------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _call(self, context: Context) -> AsyncIterator["_Call"]:
+        """Around every call: the gate, the deadline, the mapping of errors."""
+        call = _Call(arrival_s=self._clock(), time_left_s=self._time_left_s(context))
+        async with errors_as_status(context):
+            with self._gate.enter():
+                try:
+                    async with asyncio.timeout(call.time_left_s):
+                        yield call
+                except TimeoutError:
+                    text = f"the request took longer than its {call.time_left_s:.3g} s"
+                    raise DeadlineExceeded(text, metadata={"timeout_s": f"{call.time_left_s:.3g}"}) from None
+
+    def _time_left_s(self, context: Context) -> float:
+        """The client's deadline, or what a request without one gets; a longer deadline is cut to that."""
+        remaining_s: float | None = context.time_remaining()
+        return self._request_timeout_s if remaining_s is None else max(0.0, min(remaining_s, self._request_timeout_s))
+
+    @contextlib.asynccontextmanager
+    async def _generation(self, request: inference_pb2.GenerateRequest, call: "_Call") -> AsyncIterator["_Running"]:
+        """Validate, tokenize, submit; on the way out cancel what has not ended, and log how it did."""
+        model = self._table().find(request.model)
+        checked = check_fields(request, model)
+        with self._gate.hold_request_id(checked.request_id):
+            resolved, submit = await self._workers.run(self._prepare, checked, model, call)
+            with Generation(self._link, self._link.submit(submit), resolved, model, clock=self._clock) as generation:
+                running = _Running(call, resolved, model, generation)
+                try:
+                    yield running
+                finally:
+                    self._log_end(running, submit)
+
+    def _prepare(self, checked: CheckedFields, model: ServedModel, call: "_Call") -> tuple[ResolvedRequest, Submit]:
+        """On a worker thread: everything whose cost grows with the prompt."""
+        limits = self._link.limits_of(model.name)
+        token_ids, _ = encode_prompt(checked.prompt, model)
+        resolved = resolve(
+            checked,
+            token_ids,
+            limit=length_limit(model, engine_max_request_tokens=limits.max_request_tokens if limits else 0),
+            vocab_size=model.vocab_size,
+            drawn_seed=secrets.randbits(64),
+        )
+        age_s = self._clock() - call.arrival_s
+        submit = make_submit(
+            resolved,
+            model,
+            engine_id=uuid.uuid4().hex,
+            block_size=limits.block_size if limits else model.public.block_size,
+            time_left_s=call.time_left_s - age_s,
+            age_s=age_s,
+        )
+        return resolved, submit
+
+    async def _write(self, context: Context, response: inference_pb2.GenerateStreamResponse) -> None:
+        try:
+            async with asyncio.timeout(self._write_stall_timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            text = f"the client took nothing for {self._write_stall_timeout_s:g} s"
+            raise Cancelled(text, reason="CLIENT_NOT_READING") from None
+        except grpc.aio.BaseError:
+            raise Cancelled("the connection to the client broke", reason="CLIENT_GONE") from None
+
+    def _log_end(self, running: "_Running", submit: Submit) -> None:
+        end = running.generation.end
+        log.info(
+            "request %s (%s) model %s: %d prompt tokens, %s in %.3f s",
+            running.request.request_id,
+            submit.request_id,
+            running.model.name,
+            len(submit.prompt_ids),
+            f"{end.usage.num_completion_tokens} generated, {end.reason.name}" if end is not None else "not completed",
+            self._clock() - running.call.arrival_s,
+        )
+
+
+class _Call:
+    """One RPC: when it came and how long it may take."""
+
+    def __init__(self, *, arrival_s: float, time_left_s: float) -> None:
+        self.arrival_s = arrival_s
+        self.time_left_s = time_left_s
+
+
+class _Running:
+    """A generation with what its answers need."""
+
+    def __init__(self, call: _Call, request: ResolvedRequest, model: ServedModel, generation: Generation) -> None:
+        self.call = call
+        self.request = request
+        self.model = model
+        self.generation = generation
+
+    def stream_response(self, piece: Piece, *, now_s: float) -> inference_pb2.GenerateStreamResponse:
+        """One message of a stream; the last one has the account."""
+        response = inference_pb2.GenerateStreamResponse(
+            request_id=self.request.request_id, model=self.model.name, index=0, text_delta=piece.text, token_ids=piece.token_ids
+        )
+        end = self.generation.end
+        if end is not None:
+            response.finish_reason = _FINISH_REASONS[end.reason]
+            _set_stop_cause(response, end)
+            response.usage.CopyFrom(_usage(end))
+            response.timings.CopyFrom(self._timings(end, now_s=now_s))
+            response.seed = self.request.sampling.seed
+        return response
+
+    def whole_response(self, pieces: list[Piece], *, now_s: float) -> inference_pb2.GenerateResponse:
+        """The answer of Generate: the stream, collected."""
+        end = self.generation.end
+        assert end is not None, "the last piece has come"
+        completion = inference_pb2.Completion(
+            index=0,
+            text="".join(piece.text for piece in pieces),
+            token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
+            finish_reason=_FINISH_REASONS[end.reason],
+        )
+        _set_stop_cause(completion, end)
+        return inference_pb2.GenerateResponse(
+            request_id=self.request.request_id,
+            model=self.model.name,
+            completions=[completion],
+            usage=_usage(end),
+            timings=self._timings(end, now_s=now_s),
+            seed=self.request.sampling.seed,
+        )
+
+    def _timings(self, end: End, *, now_s: float) -> inference_pb2.Timings:
+        first_token_s = self.generation.first_token_s
+        return inference_pb2.Timings(
+            queue=duration_of(end.queue_s),
+            prefill=duration_of(end.prefill_s),
+            decode=duration_of(end.decode_s),
+            preempted=duration_of(end.preempted_s),
+            time_to_first_token=None if first_token_s is None else duration_of(first_token_s - self.call.arrival_s),
+            total=duration_of(now_s - self.call.arrival_s),
+            preemption_count=end.num_preemptions,
+        )
+
+
+def _set_stop_cause(answer: inference_pb2.GenerateStreamResponse | inference_pb2.Completion, end: End) -> None:
+    if end.stop_string is not None:
+        answer.stop_cause.string = end.stop_string
+    elif end.stop_id is not None:
+        answer.stop_cause.token_id = end.stop_id
+
+
+def _usage(end: End) -> inference_pb2.Usage:
+    return inference_pb2.Usage(
+        prompt_token_count=end.usage.num_prompt_tokens,
+        cached_token_count=end.usage.num_cached_tokens,
+        completion_token_count=end.usage.num_completion_tokens,
+    )

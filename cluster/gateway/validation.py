@@ -1,0 +1,380 @@
+"""The one validator: a request as it came, to one in which everything is decided and within its limits.
+
+Two steps, because lengths are known only after tokenizing: `check_fields` needs the request alone and is cheap, `resolve`
+needs the prompt's tokens. Every entry point uses both.
+"""
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from quire.cluster.gateway.request_fields import REFUSED, not_supported, refuse_unsupported
+from quire.cluster.gateway.served_model import ServedModel
+from quire.common.errors import InvalidRequest
+from quire.common.messages import SamplingState
+from quire.v1 import inference_pb2
+
+# A text longer than this many characters per token of the model's length cannot fit, so it is not even tokenized.
+MAX_CHARS_PER_TOKEN: Final = 8
+MAX_STOP_STRINGS: Final = 4
+MAX_STOP_STRING_CHARS: Final = 256
+MAX_STOP_TOKEN_IDS: Final = 64
+MAX_CHAT_MESSAGES: Final = 2048
+MAX_TOOLS: Final = 128
+MAX_ROLE_CHARS: Final = 64
+MAX_TEMPERATURE: Final = 100.0
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    text: str
+    add_special_tokens: bool
+    parse_special_tokens: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    messages: tuple[Mapping[str, Any], ...]  # as templates expect them
+    tools: tuple[Any, ...] | None
+    add_generation_prompt: bool
+
+
+Prompt = TextPrompt | ChatPrompt | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFields:
+    """A request whose every field is honoured and within its own limits; what the prompt's length decides is still open."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingState  # seed and min_tokens are as the client gave them, else 0
+    seed: int | None
+    max_tokens: int | None
+    stop_strings: tuple[str, ...]
+    include_stop_string: bool
+    skip_special_tokens: bool
+    cache_salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRequest:
+    """A request in which nothing is open."""
+
+    # Invariant: 1 <= max_tokens, sampling.min_tokens <= max_tokens, len(prompt_ids) + max_tokens <= the limit.
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingState
+    max_tokens: int
+    stop_strings: tuple[str, ...]
+    include_stop_string: bool
+    skip_special_tokens: bool
+    cache_salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class LengthLimit:
+    """Most tokens of prompt and completion together, and what sets that limit."""
+
+    num_tokens: int
+    name: str
+
+
+def length_limit(model: ServedModel, *, engine_max_request_tokens: int) -> LengthLimit:
+    """The smallest of what the model, discovery and the scheduler allow; 0 means that one of them does not know."""
+    pools = [tokens for tokens in (model.max_request_tokens, engine_max_request_tokens) if tokens > 0]
+    if pools and min(pools) < model.max_model_len:
+        return LengthLimit(min(pools), "max_request_tokens, by the KV blocks of one group")
+    return LengthLimit(model.max_model_len, "max_model_len")
+
+
+def check_fields(request: inference_pb2.GenerateRequest, model: ServedModel) -> CheckedFields:
+    """Check what needs no tokenizing, and take defaults from the model where the client gave none.
+
+    Raises:
+        NotSupported: a field is set that no code honours yet.
+        InvalidRequest: a value is outside its limits.
+    """
+    _check_enum(request)
+    for name in ("n", "best_of"):
+        if request.HasField(name) and getattr(request, name) == 0:
+            raise InvalidRequest(f"{name} is 0; it must be at least 1", field=name)
+    refuse_unsupported(request)
+    stopping = request.stopping
+    return CheckedFields(
+        request_id=check_name(request, "request_id") or uuid.uuid4().hex,
+        prompt=_prompt(request, model),
+        sampling=replace(_sampling(request.sampling, model), min_tokens=stopping.min_tokens, stop_ids=_stop_ids(stopping, model)),
+        seed=request.sampling.seed if request.sampling.HasField("seed") else None,
+        max_tokens=_max_tokens(stopping),
+        stop_strings=_stop_strings(stopping),
+        include_stop_string=stopping.include_stop_string,
+        skip_special_tokens=request.output.skip_special_tokens if request.output.HasField("skip_special_tokens") else True,
+        cache_salt=check_name(request, "cache_salt") or "",
+    )
+
+
+def encode_prompt(prompt: Prompt, model: ServedModel) -> tuple[list[int], str | None]:
+    """The prompt's token ids and, for a conversation, its text. Slow: call it from a worker thread.
+
+    Raises:
+        InvalidRequest: the prompt is far too long, or cannot be tokenized.
+    """
+    max_chars = MAX_CHARS_PER_TOKEN * model.max_model_len
+    match prompt:
+        case TextPrompt(text, add_special_tokens, parse_special_tokens):
+            check_num_chars(len(text), model, field="text")
+            return model.tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special_tokens=parse_special_tokens), None
+        case ChatPrompt(messages, tools, add_generation_prompt):
+            assert model.chat is not None, "check_fields refuses a conversation without a template"
+            return model.chat.encode(messages, tools=tools, add_generation_prompt=add_generation_prompt, max_chars=max_chars)
+        case _:
+            return list(prompt), None
+
+
+def resolve(checked: CheckedFields, prompt_ids: Sequence[int], *, limit: LengthLimit, vocab_size: int, drawn_seed: int) -> ResolvedRequest:
+    """Decide what depends on the prompt's length. `drawn_seed` is for a client that gave none.
+
+    Raises:
+        InvalidRequest: the prompt is empty or holds unknown ids, or the lengths do not fit.
+    """
+    check_token_ids(prompt_ids, below=vocab_size, field="token_ids.ids", what="prompt")
+    if not prompt_ids:
+        raise InvalidRequest("the prompt has no tokens; give it at least one", reason="EMPTY_PROMPT")
+    max_tokens = _resolve_max_tokens(checked.max_tokens, num_prompt_tokens=len(prompt_ids), limit=limit)
+    min_tokens = checked.sampling.min_tokens
+    if min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {min_tokens} and max_tokens is {max_tokens}; min_tokens must not be more",
+            field="stopping.min_tokens",
+            metadata={"min_tokens": str(min_tokens), "max_tokens": str(max_tokens)},
+        )
+    return ResolvedRequest(
+        request_id=checked.request_id,
+        prompt_ids=tuple(prompt_ids),
+        sampling=replace(checked.sampling, seed=drawn_seed if checked.seed is None else checked.seed),
+        max_tokens=max_tokens,
+        stop_strings=checked.stop_strings,
+        include_stop_string=checked.include_stop_string,
+        skip_special_tokens=checked.skip_special_tokens,
+        cache_salt=checked.cache_salt,
+    )
+
+
+def text_prompt(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, model: ServedModel) -> TextPrompt:
+    """The text prompt of a request that has one."""
+    check_num_chars(len(request.text), model, field="text")
+    if not request.text:
+        raise InvalidRequest("text is empty; give it at least one character", reason="EMPTY_PROMPT", field="text")
+    return TextPrompt(
+        text=request.text,
+        add_special_tokens=request.add_special_tokens if request.HasField("add_special_tokens") else True,
+        parse_special_tokens=request.parse_special_tokens,
+    )
+
+
+def chat_prompt(chat: inference_pb2.Chat, model: ServedModel) -> ChatPrompt:
+    """A conversation as templates expect it.
+
+    Raises:
+        InvalidRequest: the model has no template, or the conversation is empty or outside its limits.
+    """
+    if model.chat is None:
+        raise InvalidRequest(f"model {model.name} has no chat template; send text or token_ids", reason="NO_CHAT_TEMPLATE", field="chat")
+    if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
+        text = f"chat.messages has {len(chat.messages)} entries; it takes 1 to {MAX_CHAT_MESSAGES}"
+        raise InvalidRequest(text, reason="INVALID_REQUEST" if chat.messages else "EMPTY_PROMPT", field="chat.messages")
+    if len(chat.tools_json) > MAX_TOOLS:
+        raise InvalidRequest(f"chat.tools_json has {len(chat.tools_json)} entries; it takes {MAX_TOOLS}", field="chat.tools_json")
+    parts = [len(text) for message in chat.messages for text in (message.content, message.name, *message.tool_calls_json)]
+    check_num_chars(sum(parts) + sum(map(len, chat.tools_json)), model, field="chat")
+    return ChatPrompt(
+        messages=tuple(_message(message) for message in chat.messages),
+        tools=tuple(_json_object(text, "chat.tools_json") for text in chat.tools_json) or None,
+        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+    )
+
+
+def check_num_chars(num_chars: int, model: ServedModel, *, field: str) -> None:
+    """Refuse a text that cannot fit, before any work is done on it."""
+    max_chars = MAX_CHARS_PER_TOKEN * model.max_model_len
+    if num_chars > max_chars:
+        raise InvalidRequest(
+            f"{field} has {num_chars} characters; this model takes {max_chars}, {MAX_CHARS_PER_TOKEN} per token of max_model_len; "
+            "shorten it",
+            reason="PROMPT_TOO_LONG",
+            field=field,
+            metadata={"chars": str(num_chars), "max_chars": str(max_chars)},
+        )
+
+
+def check_token_ids(token_ids: Sequence[int], *, below: int, field: str, what: str) -> None:
+    """Refuse ids that the model has no row for."""
+    if token_ids and max(token_ids) >= below:
+        token_id = max(token_ids)
+        raise InvalidRequest(
+            f"{what} holds token id {token_id}; this model's ids are below {below}",
+            reason="UNKNOWN_TOKEN_ID",
+            field=field,
+            metadata={"token_id": str(token_id), "limit": str(below)},
+        )
+
+
+def check_name(request: inference_pb2.GenerateRequest, field: str) -> str | None:
+    """A field that names something; None when it is not set."""
+    if not request.HasField(field):  # type: ignore[arg-type]
+        return None
+    value: str = getattr(request, field)
+    if _NAME.fullmatch(value) is None:
+        raise InvalidRequest(f"{field} has {len(value)} characters; it takes 1 to 64 of A-Z a-z 0-9 _ . -", field=field)
+    return value
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel) -> Prompt:
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("the request has no prompt; set text, token_ids or chat", reason="EMPTY_PROMPT", field="prompt")
+    if kind == "text":
+        return text_prompt(request, model)
+    for name in ("add_special_tokens", "parse_special_tokens"):
+        if getattr(request, name):
+            raise InvalidRequest(f"{name} is for text prompts; this prompt is {kind}; leave it unset", field=name)
+    if kind == "chat":
+        return chat_prompt(request.chat, model)
+    ids = request.token_ids.ids
+    if not ids:
+        raise InvalidRequest("token_ids is empty; give it at least one id", reason="EMPTY_PROMPT", field="token_ids.ids")
+    if len(ids) > model.max_model_len:  # before a million ids are copied
+        raise _too_long(len(ids), LengthLimit(model.max_model_len, "max_model_len"))
+    return tuple(ids)
+
+
+def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+    if not 1 <= len(message.role) <= MAX_ROLE_CHARS:
+        text = f"a role has {len(message.role)} characters; it takes 1 to {MAX_ROLE_CHARS}"
+        raise InvalidRequest(text, field="chat.messages.role")
+    entry: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.HasField("name"):
+        entry["name"] = message.name
+    if message.HasField("tool_call_id"):
+        entry["tool_call_id"] = message.tool_call_id
+    if message.tool_calls_json:
+        entry["tool_calls"] = [_json_object(text, "chat.messages.tool_calls_json") for text in message.tool_calls_json]
+    return entry
+
+
+def _json_object(text: str, field: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"an entry of {field} is not a JSON object", reason="INVALID_JSON", field=field)
+    return value
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def _check_enum(request: inference_pb2.GenerateRequest) -> None:
+    if request.HasField("priority") and request.priority not in inference_pb2.Priority.values():
+        raise InvalidRequest(f"priority {int(request.priority)} is not one of low, normal, high", field="priority")
+
+
+def _sampling(given: inference_pb2.SamplingParams, model: ServedModel) -> SamplingState:
+    def pick(name: str, neutral: float) -> float:
+        for source in (given, model.default_sampling):
+            if source.HasField(name):  # type: ignore[arg-type]
+                return float(getattr(source, name))
+        return neutral
+
+    for name in ("typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        neutral = REFUSED[f"sampling.{name}"]
+        if pick(name, float(str(neutral[0]))) not in neutral:
+            why = f"; this model's generation_config sets it to {pick(name, 0.0):g}"
+            raise not_supported(f"sampling.{name}", neutral=neutral, why=why)
+    temperature = _in_range("temperature", pick("temperature", 1.0), low=0.0, high=MAX_TEMPERATURE)
+    return SamplingState(
+        temperature=temperature,
+        top_k=int(pick("top_k", 0)),
+        top_p=_in_range("top_p", pick("top_p", 1.0), low=0.0, high=1.0, excludes_low=True),
+        min_p=_in_range("min_p", pick("min_p", 0.0), low=0.0, high=1.0),
+    )
+
+
+def _in_range(name: str, value: float, *, low: float, high: float, excludes_low: bool = False) -> float:
+    if not math.isfinite(value) or not low <= value <= high or (excludes_low and value == low):
+        first = f"above {low:g}" if excludes_low else f"{low:g}"
+        raise InvalidRequest(f"{name} is {value:g}; it takes {first} to {high:g}", field=f"sampling.{name}", metadata={name: f"{value:g}"})
+    return value
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def _max_tokens(stopping: inference_pb2.StoppingParams) -> int | None:
+    if not stopping.HasField("max_tokens"):
+        return None
+    if stopping.max_tokens == 0:
+        raise InvalidRequest("max_tokens is 0; it must be at least 1", field="stopping.max_tokens")
+    return stopping.max_tokens
+
+
+def _resolve_max_tokens(max_tokens: int | None, *, num_prompt_tokens: int, limit: LengthLimit) -> int:
+    room = limit.num_tokens - num_prompt_tokens
+    if room < 0:
+        raise _too_long(num_prompt_tokens, limit)
+    numbers = {"prompt_tokens": str(num_prompt_tokens), "limit": str(limit.num_tokens)}
+    if room == 0:
+        raise InvalidRequest(
+            f"prompt has {num_prompt_tokens} tokens, which leaves none of {limit.num_tokens} ({limit.name}) for the completion; shorten it",
+            reason="PROMPT_TOO_LONG",
+            metadata=numbers,
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise InvalidRequest(
+            f"prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, {num_prompt_tokens + max_tokens} together; this model "
+            f"takes {limit.num_tokens} ({limit.name}); lower max_tokens to {room} or shorten the prompt",
+            reason="REQUEST_TOO_LONG",
+            field="stopping.max_tokens",
+            metadata={**numbers, "max_tokens": str(max_tokens)},
+        )
+    return room if max_tokens is None else max_tokens
+
+
+def _too_long(num_prompt_tokens: int, limit: LengthLimit) -> InvalidRequest:
+    return InvalidRequest(
+        f"prompt has {num_prompt_tokens} tokens; this model takes {limit.num_tokens} ({limit.name}); shorten it",
+        reason="PROMPT_TOO_LONG",
+        metadata={"prompt_tokens": str(num_prompt_tokens), "limit": str(limit.num_tokens)},
+    )
+
+
+def _stop_ids(stopping: inference_pb2.StoppingParams, model: ServedModel) -> tuple[int, ...]:
+    ids = stopping.stop_token_ids
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(f"stop_token_ids has {len(ids)} entries; it takes {MAX_STOP_TOKEN_IDS}", field="stopping.stop_token_ids")
+    check_token_ids(ids, below=model.logits_size, field="stopping.stop_token_ids", what="stop_token_ids")
+    own = () if stopping.ignore_eos else model.eos_token_ids
+    return tuple(dict.fromkeys((*own, *ids)))
+
+
+def _stop_strings(stopping: inference_pb2.StoppingParams) -> tuple[str, ...]:
+    field = "stopping.stop_strings"
+    if len(stopping.stop_strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"stop_strings has {len(stopping.stop_strings)} entries; it takes {MAX_STOP_STRINGS}", field=field)
+    for text in stopping.stop_strings:
+        if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
+            raise InvalidRequest(f"a stop string has {len(text)} characters; it takes 1 to {MAX_STOP_STRING_CHARS}", field=field)
+    return tuple(dict.fromkeys(stopping.stop_strings))
