@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         yaml.safe_dump(config_as_dict(config), sys.stdout, sort_keys=False)
         return 0
     plan = plan_model(config.models[0])
+    ready_file = Path(args.ready_file).absolute() if args.ready_file else None
     stop_signals: list[int] = []
     started_s = time.monotonic()
     print(
@@ -58,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
             # Ray sets handlers of its own while it starts.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda number, _: stop_signals.append(number))
-            if args.ready_file:
-                _write_atomically(Path(args.ready_file), json.dumps({"address": address}))
+            if ready_file:
+                _write_atomically(ready_file, json.dumps({"address": address}))
             print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
             print(f'try:   quire generate --address {address} "Once upon a time"', flush=True)
             cluster.run(is_cancelled=lambda: bool(stop_signals))

@@ -114,15 +114,14 @@ class _Controller:
         return await asyncio.shield(self._over)
 
     async def stop(self) -> None:
-        """End ranks and scheduler in order; nothing that this controller started is left."""
+        """End ranks and scheduler in order. Their actors go with this Ray: when Ray itself is ending, it answers no more."""
         self._is_stopping = True
-        for group_id in list(self._ranks):
-            await self._stop_ranks(group_id)
+        await asyncio.gather(*(self._stop_child(actor) for actors in self._ranks.values() for actor in actors))
         if self._scheduler is not None:
-            await self._stop_actor(self._scheduler)
-        await self._server.stop(grace=None)
+            await self._stop_child(self._scheduler)
         for task in self._tasks:
             task.cancel()
+        await self._server.stop(grace=None)
 
     # -- for discovery (ControllerView) --------------------------------------------------------------------------------
 
@@ -293,15 +292,16 @@ class _Controller:
         }
 
     async def _stop_ranks(self, group_id: str) -> None:
-        await asyncio.gather(*(self._stop_actor(actor) for actor in self._ranks.pop(group_id, [])))
-        if group_id in self._placements:
-            ray.util.remove_placement_group(self._placements.pop(group_id))
+        actors = self._ranks.pop(group_id, [])
+        await asyncio.gather(*(self._stop_child(actor) for actor in actors))
+        placement = self._placements.pop(group_id, None)
+        if not self._is_stopping:
+            await asyncio.to_thread(_forget, actors, placement)
 
     @staticmethod
-    async def _stop_actor(actor: Any) -> None:
+    async def _stop_child(actor: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
             await asyncio.wait_for(actor.stop.remote(), STOP_TIMEOUT_S)
-        ray.kill(actor)
 
     # -- what follows --------------------------------------------------------------------------------------------------
 
@@ -352,6 +352,14 @@ class _Controller:
 
     def _report(self, group: Group, rank: int) -> Path:
         return self._folder / f"{group.group_id}-{rank}-{group.term}.json"
+
+
+def _forget(actors: list[Any], placement: PlacementGroup | None) -> None:
+    """Give a group's actors and place back to Ray. Blocks for as long as Ray's store does not answer."""
+    for actor in actors:
+        ray.kill(actor)
+    if placement is not None:
+        ray.util.remove_placement_group(placement)
 
 
 # Restarts of the controller itself come with fault tolerance of Ray's own store; until then its end is the cluster's end.

@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,8 @@ from quire.common.errors import ConfigError, Unavailable
 OBJECT_STORE_BYTES: Final = 80 * 2**20
 # How long the controller may take to end what it started.
 STOP_TIMEOUT_S: Final = 30.0
+# How long its answer may take once it has closed its socket, which is the last thing it does.
+LAST_WORD_TIMEOUT_S: Final = 2.0
 # How often the processes are looked at while waiting.
 POLL_S: Final = 0.2
 
@@ -31,7 +34,7 @@ POLL_S: Final = 0.2
 class LocalCluster:
     """Starts everything in `start` and ends everything that it started in `stop`.
 
-    prepare_local_ray() (ray_environment.py) comes before this module is imported.
+    prepare_local_ray() (ray_environment.py) comes before this module is imported. `start` changes the process's working folder.
     """
 
     def __init__(self, config: ServeConfig, plan: ModelPlan) -> None:
@@ -112,18 +115,38 @@ class LocalCluster:
         if self._gateway is not None:
             is_clean = stop_child(self._gateway, timeout_s=self._config.drain_timeout_s + STOP_TIMEOUT_S) == 0 and is_clean
         if self._controller is not None:
-            try:
-                ray.get(self._controller.stop.remote(), timeout=STOP_TIMEOUT_S)
-            except (ray.exceptions.RayError, TimeoutError):
-                is_clean = False
+            is_clean = self._stop_controller() and is_clean
         if ray.is_initialized():
             ray.shutdown()
         if is_clean:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _stop_controller(self) -> bool:
+        """Have the controller end what it started; whether it did. A SIGTERM to all our processes may have ended it before us,
+        and Ray with it, which then answers nothing: so its socket is looked at too."""
+        done = self._controller.stop.remote()
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            try:
+                if ray.wait([done], timeout=POLL_S)[0]:
+                    ray.get(done)
+                    return True
+            except ray.exceptions.RayError:
+                return False
+            if not self._controller_listens():  # it closes its socket last
+                deadline_s = min(deadline_s, time.monotonic() + LAST_WORD_TIMEOUT_S)
+        return False
+
+    def _controller_listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            return probe.connect_ex(discovery_address(self.folder).removeprefix("unix:")) == 0
+
     def _start_ray(self) -> None:
+        # Ray's workers can import from the folder that their driver is in, and the caller's may hold a `kernels` or `proto` of
+        # its own. A runtime_env with a working_dir would do as well, but then no worker is started ahead: 2.3 s more.
         empty = self.folder / "empty"
         empty.mkdir()
+        os.chdir(empty)
         num_ranks = self._plan.groups * self._plan.tensor_parallel_size
         try:
             ray.init(
@@ -134,8 +157,6 @@ class LocalCluster:
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                # The caller's folder must not be importable in Ray's workers: it may hold a `kernels` or `proto` of its own.
-                runtime_env={"working_dir": str(empty)},
             )
         except Exception as error:  # whatever Ray raises here, the message is what the user can act on
             raise Unavailable(f"Ray could not start on this machine: {error}") from error
