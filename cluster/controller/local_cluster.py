@@ -17,12 +17,15 @@ from typing import Any, Final, Self
 import ray
 
 from quire.cluster.controller.controller import Controller, discovery_address
+from quire.cluster.controller.reaper import start_reaper
 from quire.common.child_process import start_child, stop_child
 from quire.common.config import ModelPlan, ServeConfig
 from quire.common.errors import ConfigError, Unavailable
 
 # Ray's object store carries nothing of ours but actor arguments; this is the smallest size that Ray takes.
 OBJECT_STORE_BYTES: Final = 80 * 2**20
+# Longest temporary folder that ours can lie in: the path of a Unix socket has at most 107 bytes, and Ray adds 69 to ours.
+MAX_BASE_CHARS: Final = 20
 # How long the controller may take to end what it started.
 STOP_TIMEOUT_S: Final = 30.0
 # How long its answer may take once it has closed its socket, which is the last thing it does.
@@ -40,9 +43,10 @@ class LocalCluster:
     def __init__(self, config: ServeConfig, plan: ModelPlan) -> None:
         self._config = config
         self._plan = plan
-        # 0700, and short: a path of a Unix socket has at most 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="quire-"))
+        base = tempfile.gettempdir()
+        self.folder = Path(tempfile.mkdtemp(prefix="quire-", dir=base if len(base) <= MAX_BASE_CHARS else "/tmp"))  # mode 0700
         (self.folder / "logs").mkdir()
+        self._reaper = start_reaper(self.folder)
         self._controller: Any = None
         self._gateway: subprocess.Popen[bytes] | None = None
         self._over: Any = None
@@ -115,27 +119,24 @@ class LocalCluster:
         if self._gateway is not None:
             is_clean = stop_child(self._gateway, timeout_s=self._config.drain_timeout_s + STOP_TIMEOUT_S) == 0 and is_clean
         if self._controller is not None:
-            is_clean = self._stop_controller() and is_clean
+            self._stop_controller()
         if ray.is_initialized():
             ray.shutdown()
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        self._reaper.wait()
         if is_clean:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _stop_controller(self) -> bool:
-        """Have the controller end what it started; whether it did. A SIGTERM to all our processes may have ended it before us,
-        and Ray with it, which then answers nothing: so its socket is looked at too."""
+    def _stop_controller(self) -> None:
+        """Have the controller end what it started. A SIGTERM to all our processes may have ended it before us, and Ray with it,
+        which then answers nothing: so its socket is looked at too."""
         done = self._controller.stop.remote()
         deadline_s = time.monotonic() + STOP_TIMEOUT_S
-        while time.monotonic() < deadline_s:
-            try:
-                if ray.wait([done], timeout=POLL_S)[0]:
-                    ray.get(done)
-                    return True
-            except ray.exceptions.RayError:
-                return False
-            if not self._controller_listens():  # it closes its socket last
-                deadline_s = min(deadline_s, time.monotonic() + LAST_WORD_TIMEOUT_S)
-        return False
+        with contextlib.suppress(ray.exceptions.RayError):
+            while time.monotonic() < deadline_s and not ray.wait([done], timeout=POLL_S)[0]:
+                if not self._controller_listens():  # it closes its socket last
+                    deadline_s = min(deadline_s, time.monotonic() + LAST_WORD_TIMEOUT_S)
 
     def _controller_listens(self) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -154,6 +155,7 @@ class LocalCluster:
                 num_cpus=num_ranks,  # a rank takes one of Ray's CPUs, whatever the machine has: it only counts them
                 num_gpus=0,
                 include_dashboard=False,
+                _temp_dir=str(self.folder / "ray"),  # its sockets and logs go when ours go
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

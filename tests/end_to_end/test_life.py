@@ -37,7 +37,7 @@ def test_a_signal_ends_streams_in_order_and_then_every_process(tmp_path: Path, n
         assert serve.wait_end() == 0, serve.output
         serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
         assert len("".join(texts)) > 600, "the stream was to finish first"
-        assert not list(tmp_path.glob("quire-*")), "its folder was to go with it"
+        assert not list(serve.temporary.glob("quire-*")), "its folder was to go with it"
 
 
 def test_nothing_is_left_after_kill_9_of_quire_serve(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ class ServeProcess:
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.tag = uuid.uuid4().hex
         self.output_path = folder / "output"
+        self.temporary = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: paths of sockets are
         self._ready_path = folder / "ready.json"
         command = [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments]
         with self.output_path.open("wb") as output:
@@ -35,7 +38,7 @@ class ServeProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env={**os.environ, _TAG: self.tag, "TMPDIR": str(folder)},
+                env={**os.environ, _TAG: self.tag, "TMPDIR": str(self.temporary)},
             )
 
     def __enter__(self) -> Self:
@@ -50,6 +53,7 @@ class ServeProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     @property
     def output(self) -> str:

@@ -1,0 +1,70 @@
+"""The last one out: a process that outlives `quire serve` by seconds and ends what kill -9 of it leaves.
+
+Our own children die with their parents (common/child_process.py), and most of Ray's daemons notice too; its two agents were
+seen to stay for ever (Ray 2.60). Everything that a local cluster starts inherits one mark in its environment, by which it is
+found here. Where there is no /proc, nothing is found.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+MARK: Final = "QUIRE_RUN_FOLDER"
+# How long everybody gets to end by themselves after their parent did.
+GRACE_S: Final = 5.0
+# How long killing may take; what the kernel does not let go of after that, nobody can end.
+KILL_TIMEOUT_S: Final = 10.0
+# How often is looked.
+POLL_S: Final = 0.2
+
+
+def start_reaper(folder: Path) -> "subprocess.Popen[bytes]":
+    """Mark this process and all that it starts from here on, and have the marked ones ended once this process is gone.
+
+    The reaper waits for the end of its standard input, whose other end only this process holds.
+    """
+    os.environ[MARK] = str(folder)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "quire.cluster.controller.reaper", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={name: value for name, value in os.environ.items() if name != MARK},
+        start_new_session=True,
+    )
+
+
+def marked_processes(folder: str) -> list[int]:
+    """The processes with this mark that we may look at, zombies left out."""
+    entry = f"{MARK}={folder}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if entry in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+def main(folder: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends everything of ours must not end this first
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    deadline_s = time.monotonic() + GRACE_S
+    while marked_processes(folder) and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+    deadline_s = time.monotonic() + KILL_TIMEOUT_S
+    while (left := marked_processes(folder)) and time.monotonic() < deadline_s:  # again: some start others meanwhile
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
