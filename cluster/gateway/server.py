@@ -4,8 +4,8 @@ import asyncio
 from typing import Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from quire.cluster.gateway.cluster_service import ClusterService
 from quire.cluster.gateway.service import InferenceService

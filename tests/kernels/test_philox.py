@@ -18,21 +18,24 @@ KNOWN_ANSWERS = [
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
-def test_known_answers_come_out_bit_by_bit(counter, key, words):
-    tensors = philox(tuple(torch.tensor(c) for c in counter), tuple(torch.tensor(k) for k in key))
+def test_known_answers_come_out_bit_by_bit(
+    counter: tuple[int, int, int, int], key: tuple[int, int], words: tuple[int, int, int, int]
+) -> None:
+    c0, c1, c2, c3, k0, k1 = (torch.tensor(word) for word in counter + key)
+    tensors = philox((c0, c1, c2, c3), (k0, k1))
     assert tuple(int(word) for word in tensors) == words
     assert philox_reference(counter, key) == words
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 2**32 - 1)] * 6), min_size=1, max_size=9))
-def test_tensors_and_whole_numbers_agree(rows):
-    columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
-    words = torch.stack(philox(tuple(columns[:4]), tuple(columns[4:])), dim=1).tolist()
+def test_tensors_and_whole_numbers_agree(rows: list[tuple[int, int, int, int, int, int]]) -> None:
+    c0, c1, c2, c3, k0, k1 = (torch.tensor(column) for column in zip(*rows, strict=True))
+    words = torch.stack(philox((c0, c1, c2, c3), (k0, k1)), dim=1).tolist()
     assert words == [list(philox_reference(row[:4], row[4:])) for row in rows]
 
 
-def test_a_seed_splits_into_its_two_words_whatever_its_sign_bit():
+def test_a_seed_splits_into_its_two_words_whatever_its_sign_bit() -> None:
     for seed in (0, 1, 2**32 + 5, 2**63, 2**64 - 1):
         signed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
         assert [int(word) for word in words_of(signed)] == [seed & 0xFFFFFFFF, seed >> 32]

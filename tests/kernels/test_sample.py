@@ -1,13 +1,15 @@
 import math
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from quire.kernels.sample import SamplingInputs, broken_rows, filter_min_p, filter_top_k_top_p, gumbel_noise, gumbel_noise_reference, sample
 
 
-def inputs_of(rows):
+def inputs_of(rows: Sequence[Mapping[str, float]]) -> SamplingInputs:
     """SamplingInputs from one dict per row; what a dict leaves out changes nothing."""
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "sequence_index": 0, "position": 0}
     dtypes = {"temperature": torch.float32, "min_p": torch.float32, "top_p": torch.float64}
@@ -15,14 +17,14 @@ def inputs_of(rows):
     return SamplingInputs(**{name: torch.tensor([row[name] for row in filled], dtype=dtypes.get(name, torch.int64)) for name in defaults})
 
 
-def logits_of(num_rows, vocab_size, seed=0):
+def logits_of(num_rows: int, vocab_size: int, seed: int = 0) -> Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 4
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 129, 1000])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 5000])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.31, 1e-6])
-def test_top_k_then_top_p_keep_what_transformers_keeps(vocab_size, top_k, top_p):
+def test_top_k_then_top_p_keep_what_transformers_keeps(vocab_size: int, top_k: int, top_p: float) -> None:
     logits = logits_of(3, vocab_size)
     expected = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
@@ -32,15 +34,15 @@ def test_top_k_then_top_p_keep_what_transformers_keeps(vocab_size, top_k, top_p)
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 129])
 @pytest.mark.parametrize("min_p", [0.0, 0.02, 0.5, 1.0])
-def test_min_p_keeps_what_transformers_keeps(vocab_size, min_p):
+def test_min_p_keeps_what_transformers_keeps(vocab_size: int, min_p: float) -> None:
     logits = logits_of(3, vocab_size)
     expected = MinPLogitsWarper(min_p)(None, logits)
     assert torch.equal(filter_min_p(logits, min_p=inputs_of([{"min_p": min_p}] * 3).min_p), expected)
 
 
-def test_rows_are_filtered_each_by_its_own_settings():
+def test_rows_are_filtered_each_by_its_own_settings() -> None:
     logits = logits_of(4, 129)
-    rows = [{"top_k": 3}, {}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.8}]
+    rows: list[dict[str, float]] = [{"top_k": 3}, {}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.8}]
     inputs = inputs_of(rows)
     together = filter_top_k_top_p(logits, top_k=inputs.top_k, top_p=inputs.top_p)
     for index, row in enumerate(rows):
@@ -49,14 +51,14 @@ def test_rows_are_filtered_each_by_its_own_settings():
     assert torch.equal(together[1], logits[1])
 
 
-def test_temperature_zero_takes_the_most_likely_token():
+def test_temperature_zero_takes_the_most_likely_token() -> None:
     logits = logits_of(7, 129)
     inputs = inputs_of([{"temperature": 0.0, "seed": i} for i in range(7)])
     assert torch.equal(sample(logits, inputs, purpose=0), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 129, 4096])
-def test_noise_is_keyed_by_seed_token_position_sequence_and_purpose(vocab_size):
+def test_noise_is_keyed_by_seed_token_position_sequence_and_purpose(vocab_size: int) -> None:
     seed = 2**63 + 12345
     inputs = inputs_of([{"seed": seed - 2**64, "position": 77, "sequence_index": 3}])
     noise = gumbel_noise(vocab_size, inputs, purpose=1)
@@ -70,13 +72,13 @@ def test_noise_is_keyed_by_seed_token_position_sequence_and_purpose(vocab_size):
         assert not torch.equal(gumbel_noise(vocab_size, inputs, purpose=0), noise)
 
 
-def test_the_largest_word_gives_finite_noise():
+def test_the_largest_word_gives_finite_noise() -> None:
     uniform = (torch.tensor(0xFFFFFFFF >> 9).float() + 0.5) * 2.0**-23
     assert uniform < 1
     assert (-(-uniform.log()).log()).isfinite()
 
 
-def test_a_row_draws_the_same_alone_and_in_a_crowd():
+def test_a_row_draws_the_same_alone_and_in_a_crowd() -> None:
     rows = [
         {"seed": i, "position": 5 * i, "temperature": 0.7 + 0.1 * (i % 3), "top_k": i % 4 * 10, "top_p": 1 - 0.1 * (i % 2)}
         for i in range(9)
@@ -89,7 +91,7 @@ def test_a_row_draws_the_same_alone_and_in_a_crowd():
         assert torch.equal(gumbel_noise(1003, inputs_of(rows), purpose=0)[index], gumbel_noise(1003, inputs_of([row]), purpose=0)[0])
 
 
-def test_draws_follow_the_softmax():
+def test_draws_follow_the_softmax() -> None:
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.1, 0.025])
     count = 20_000
     inputs = inputs_of([{"seed": 11, "position": i} for i in range(count)])
@@ -98,13 +100,13 @@ def test_draws_follow_the_softmax():
         assert abs(share - probability) < 5 * math.sqrt(probability / count)
 
 
-def test_a_tiny_temperature_neither_overflows_nor_forgets_the_order():
+def test_a_tiny_temperature_neither_overflows_nor_forgets_the_order() -> None:
     logits = logits_of(3, 129) * 100
     inputs = inputs_of([{"temperature": 1e-38, "top_p": 0.9}] * 3)
     assert torch.equal(sample(logits, inputs, purpose=0), logits.argmax(-1))
 
 
-def test_broken_rows_are_those_with_nan_with_infinity_or_without_anything_finite():
+def test_broken_rows_are_those_with_nan_with_infinity_or_without_anything_finite() -> None:
     logits = torch.zeros(5, 7)
     logits[1, 3] = float("nan")
     logits[2] = float("-inf")
@@ -113,9 +115,9 @@ def test_broken_rows_are_those_with_nan_with_infinity_or_without_anything_finite
     assert broken_rows(logits).tolist() == [False, True, True, True, False]
 
 
-def test_a_broken_row_does_not_change_the_others():
+def test_a_broken_row_does_not_change_the_others() -> None:
     logits = logits_of(3, 129)
-    rows = [{"seed": 1, "top_p": 0.9}, {"seed": 2, "top_k": 5, "min_p": 0.1}, {"seed": 3}]
+    rows: list[dict[str, float]] = [{"seed": 1, "top_p": 0.9}, {"seed": 2, "top_k": 5, "min_p": 0.1}, {"seed": 3}]
     whole = sample(logits, inputs_of(rows), purpose=0)
     logits[1, 64] = float("nan")
     assert sample(logits, inputs_of(rows), purpose=0)[[0, 2]].tolist() == whole[[0, 2]].tolist()

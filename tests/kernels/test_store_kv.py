@@ -7,7 +7,7 @@ from quire.kernels.store_kv import store_kv, store_kv_reference
 @pytest.mark.parametrize("num_tokens", [1, 7, 129])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tokens_land_in_their_slots_and_nowhere_else(num_tokens, block_size, dtype):
+def test_tokens_land_in_their_slots_and_nowhere_else(num_tokens: int, block_size: int, dtype: torch.dtype) -> None:
     num_blocks, num_kv_heads, head_dim = 150, 3, 8
     pool = torch.randn(num_blocks, 2, 2, num_kv_heads, block_size, head_dim).to(dtype)
     expected = pool.clone()

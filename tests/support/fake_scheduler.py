@@ -72,7 +72,9 @@ class FakeScheduler:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(self.address)
-        self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self.address = endpoint.decode()
         self._handles: dict[tuple[str, int], int] = {}
         self._answers: dict[int, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -144,7 +146,7 @@ class FakeScheduler:
                 case Finish() | Cancel():
                     known = self._handles.get((message.request_id, message.attempt))
                     answer = self._answers.pop(known, None) if known is not None else None
-                    if answer is not None:
+                    if known is not None and answer is not None:
                         answer.cancel()
                         if isinstance(message, Finish):
                             submit = next(m for m in self.of_kind(Submit) if m.request_id == message.request_id)

@@ -43,7 +43,7 @@ class Running:
 
     async def health(self, service: str = "") -> str:
         response = await health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(service=service))
-        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
     async def num_models(self) -> int:
         return len((await self.inference.ListModels(inference_pb2.ListModelsRequest())).models)
@@ -114,18 +114,17 @@ def details_of(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo
     info, fields, delay_s = error_details_pb2.ErrorInfo(), [], None
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
+            assert isinstance(value, bytes)
             status = status_pb2.Status.FromString(value)
             assert (status.code, status.message) == (error.code().value[0], error.details())
             for detail in status.details:
                 bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-                if detail.Is(info.DESCRIPTOR):
-                    detail.Unpack(info)
-                elif detail.Is(bad.DESCRIPTOR):
-                    detail.Unpack(bad)
+                if detail.Unpack(bad):
                     fields += [violation.field for violation in bad.field_violations]
-                elif detail.Is(retry.DESCRIPTOR):
-                    detail.Unpack(retry)
+                elif detail.Unpack(retry):
                     delay_s = retry.retry_delay.ToTimedelta().total_seconds()
+                else:
+                    detail.Unpack(info)
     return info, fields, delay_s
 
 

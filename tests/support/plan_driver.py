@@ -1,13 +1,15 @@
 """The least of a scheduler: hand-written plans for a Runner, with blocks given out in random order."""
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from quire.common.messages import Chunk, RowAdd, SamplingState, StepAck, StepPlan, StepResult
 from quire.worker.runner import Runner
 
 GREEDY = SamplingState(temperature=0.0)
+
+MakeRunner: TypeAlias = Callable[..., Runner]  # the fixture make_runner, whose every argument has a default
 
 
 class PlanDriver:

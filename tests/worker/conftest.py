@@ -1,35 +1,45 @@
+from pathlib import Path
+
 import pytest
 import torch
+from plan_driver import MakeRunner
 from tiny_models import DEMO_MODEL, save_tiny_llama
 
 from quire.common.model_folder import read_model_folder
 from quire.worker.kv_cache import KvCache
-from quire.worker.models.transformers_model import load_transformers_model
+from quire.worker.models.transformers_model import TransformersModel, load_transformers_model
 from quire.worker.runner import Runner
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_threads():
+def few_threads() -> None:
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture(scope="session")
-def models(tiny_folder):
+def models(tiny_folder: Path) -> dict[str, TransformersModel]:
     """The models that tests run plans on, by name; nothing of a test stays in them."""
     folders = {"tiny": tiny_folder, "demo": DEMO_MODEL}
     return {name: load_transformers_model(read_model_folder(folder), dtype="float32", device="cpu") for name, folder in folders.items()}
 
 
 @pytest.fixture
-def make_runner(models):
+def make_runner(models: dict[str, TransformersModel]) -> MakeRunner:
     """A Runner with a cache and a batch of its own."""
 
-    def make(model="tiny", *, block_size=4, num_blocks=256, max_rows=10, max_model_len=200):
+    def make(
+        model: str | TransformersModel = "tiny",
+        *,
+        block_size: int = 4,
+        num_blocks: int = 256,
+        max_rows: int = 10,
+        max_model_len: int = 200,
+    ) -> Runner:
         loaded = models[model] if isinstance(model, str) else model
         folder = loaded.folder
         kv_cache = KvCache(

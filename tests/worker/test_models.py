@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -25,13 +27,13 @@ GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_posi
 ROPE_BY_LENGTH = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 
 
-def check(folder, dtype="float32", max_model_len=256):
+def check(folder: Path, dtype: str = "float32", max_model_len: int = 256) -> None:
     model = load_transformers_model(read_model_folder(folder), dtype=dtype, device="cpu")
     check_model(model, dtype=dtype, device="cpu", max_model_len=max_model_len)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_built_in_model_passes_its_check(dtype):
+def test_the_built_in_model_passes_its_check(dtype: str) -> None:
     check(DEMO_MODEL, dtype)
 
 
@@ -45,7 +47,7 @@ def test_the_built_in_model_passes_its_check(dtype):
         ("mixtral", {**SIZES, "num_local_experts": 4}),
     ],
 )
-def test_families_that_use_the_attention_they_are_given_pass(tmp_path, family, config):
+def test_families_that_use_the_attention_they_are_given_pass(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
     check(save_tiny_model(tmp_path, family, **config))
 
 
@@ -86,12 +88,14 @@ def test_families_that_use_the_attention_they_are_given_pass(tmp_path, family, c
         ),
     ],
 )
-def test_families_that_would_give_wrong_tokens_are_refused_by_name_and_reason(tmp_path, family, config, why):
+def test_families_that_would_give_wrong_tokens_are_refused_by_name_and_reason(
+    tmp_path: Path, family: str, config: dict[str, Any], why: str
+) -> None:
     with pytest.raises(ConfigError, match=f"model family '{family}' cannot be served: .*{why}"):
         check(save_tiny_model(tmp_path, family, **config))
 
 
-def test_a_cache_that_the_keys_do_not_fit_is_named(tmp_path):
+def test_a_cache_that_the_keys_do_not_fit_is_named(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     model = load_transformers_model(read_model_folder(tmp_path), dtype="float32", device="cpu")
@@ -101,7 +105,7 @@ def test_a_cache_that_the_keys_do_not_fit_is_named(tmp_path):
         check_model(model, dtype="float32", device="cpu", max_model_len=256)
 
 
-def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
+def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -110,7 +114,7 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
         check(tmp_path)
 
 
-def test_a_family_that_transformers_does_not_know_is_refused(tmp_path):
+def test_a_family_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "nobody_knows"}))

@@ -2,9 +2,12 @@
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import pytest
 import zmq
+from plan_driver import MakeRunner
 
 from quire.common.messages import PROTOCOL_VERSION, RankHello, StepAck, StepPlan, decode_rank_up, encode
 from quire.worker.rank_loop import RankLoop
@@ -13,24 +16,26 @@ from quire.worker.rank_spec import RankSpec
 HELLO = RankHello(PROTOCOL_VERSION, "g", 3, 0, 256, 0, 1, 0.0, 0.0, (), 10, "", 1)
 TIMEOUT_S = 20
 
+RunRank: TypeAlias = Callable[..., tuple[int, list[Any]]]  # the exit code, and the messages after the hello
+
 
 @pytest.fixture
-def run(make_runner):
+def run(make_runner: MakeRunner) -> Iterator[RunRank]:
     """Runs a rank on the frames that it is sent after its hello; its exit code and what it answered."""
     handler = signal.getsignal(signal.SIGTERM)
 
-    def run_rank(*frames, num_answers, rank_lease_s=TIMEOUT_S):
-        context = zmq.Context()
+    def run_rank(*frames: bytes, num_answers: int, rank_lease_s: float = TIMEOUT_S) -> tuple[int, list[Any]]:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         router = context.socket(zmq.ROUTER)
         router.linger = 0
         port = router.bind_to_random_port("tcp://127.0.0.1")
-        answers = []
+        answers: list[Any] = []
 
-        def receive():
+        def receive() -> None:
             assert router.poll(TIMEOUT_S * 1000)
             answers.append(decode_rank_up(router.recv_multipart()[1]))
 
-        def plan():
+        def plan() -> None:
             receive()
             for frame in frames:
                 router.send_multipart([b"g/0", frame])
@@ -63,7 +68,9 @@ def run(make_runner):
         ([b"\xc1"], 3, 0, "could not be decoded"),
     ],
 )
-def test_a_plan_that_cannot_be_obeyed_is_answered_with_its_error_and_ends_the_rank(run, frames, term, step_id, error):
+def test_a_plan_that_cannot_be_obeyed_is_answered_with_its_error_and_ends_the_rank(
+    run: RunRank, frames: list[bytes], term: int, step_id: int, error: str
+) -> None:
     code, (ack,) = run(*frames, num_answers=1)
     assert code == 1
     assert isinstance(ack, StepAck)
@@ -71,13 +78,13 @@ def test_a_plan_that_cannot_be_obeyed_is_answered_with_its_error_and_ends_the_ra
     assert error in ack.error
 
 
-def test_a_step_sent_twice_ends_the_rank(run):
+def test_a_step_sent_twice_ends_the_rank(run: RunRank) -> None:
     code, answers = run(encode(StepPlan(3, 0)), encode(StepPlan(3, 0)), num_answers=3)
     assert code == 1
     assert "a plan was lost or sent twice" in answers[2].error
 
 
-def test_a_heartbeat_extends_the_lease_and_its_end_ends_the_rank(run, caplog):
+def test_a_heartbeat_extends_the_lease_and_its_end_ends_the_rank(run: RunRank, caplog: pytest.LogCaptureFixture) -> None:
     code, answers = run(encode(StepPlan(3, 0)), num_answers=2, rank_lease_s=0.2)
     assert code == 1
     assert [answer.step_id for answer in answers] == [0, 0]

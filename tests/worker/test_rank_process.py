@@ -4,7 +4,10 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import zmq
@@ -31,7 +34,7 @@ ANSWER_TIMEOUT_S = 20
 class Rank:
     """The scheduler's end of a rank process."""
 
-    def __init__(self, context, folder, **changes):
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", folder: Path, **changes: Any) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.linger = 0
         port = self.socket.bind_to_random_port("tcp://127.0.0.1")
@@ -43,37 +46,40 @@ class Rank:
         }  # fmt: skip
         self.process = start_child("quire.worker.rank_process", self.spec)
 
-    def receive(self, timeout_s=ANSWER_TIMEOUT_S):
+    def receive(self, timeout_s: int = ANSWER_TIMEOUT_S) -> Any:
         assert self.socket.poll(timeout_s * 1000), "the rank is silent"
         identity, frame = self.socket.recv_multipart()
         assert identity == b"g/0"
         return decode_rank_up(frame)
 
-    def hello(self):
+    def hello(self) -> Any:
         return self.receive(START_TIMEOUT_S)
 
-    def send(self, plan):
+    def send(self, plan: StepPlan) -> None:
         self.socket.send_multipart([b"g/0", encode(plan)])
 
-    def step(self, plan):
+    def step(self, plan: StepPlan) -> StepResult:
         self.send(plan)
         result, ack = self.receive(), self.receive()
         assert isinstance(result, StepResult)
         assert (ack.term, ack.step_id, ack.rank, ack.error) == (plan.term, plan.step_id, 0, "")
         return result
 
-    def wait(self):
+    def wait(self) -> int:
         return self.process.wait(ANSWER_TIMEOUT_S)
 
 
+StartRank: TypeAlias = Callable[..., Rank]
+
+
 @pytest.fixture
-def start(tiny_folder):
+def start(tiny_folder: Path) -> Iterator[StartRank]:
     """Starts ranks; none outlives the test."""
-    context = zmq.Context()
-    ranks = []
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    ranks: list[Rank] = []
 
     @contextmanager
-    def closing():
+    def closing() -> Iterator[None]:
         yield
         for rank in ranks:
             rank.process.kill()
@@ -81,7 +87,7 @@ def start(tiny_folder):
             rank.socket.close()
         context.term()
 
-    def make(folder=tiny_folder, **changes):
+    def make(folder: Path = tiny_folder, **changes: Any) -> Rank:
         ranks.append(Rank(context, folder, **changes))
         return ranks[-1]
 
@@ -89,12 +95,12 @@ def start(tiny_folder):
         yield make
 
 
-def a_prompt(row=0, count=6, first_block=0):
+def a_prompt(row: int = 0, count: int = 6, first_block: int = 0) -> dict[str, Any]:
     added = RowAdd(row, tuple(range(5, 5 + count)), count, 0, tuple(range(first_block, first_block + 4)), 0, SamplingState(temperature=0.0))
     return {"add_rows": (added,), "chunks": (Chunk(row, 0, count, True),), "samples": ((row, row),)}
 
 
-def test_a_rank_says_hello_obeys_plans_in_order_and_leaves_when_asked(start, tiny_folder):
+def test_a_rank_says_hello_obeys_plans_in_order_and_leaves_when_asked(start: StartRank, tiny_folder: Path) -> None:
     started_s = time.monotonic()
     rank = start()
     hello = rank.hello()
@@ -129,7 +135,7 @@ def test_a_rank_says_hello_obeys_plans_in_order_and_leaves_when_asked(start, tin
     assert rank.wait() == 0
 
 
-def test_a_rank_without_plans_ends_when_its_lease_does(start):
+def test_a_rank_without_plans_ends_when_its_lease_does(start: StartRank) -> None:
     rank = start(rank_lease_s=0.5)
     rank.hello()
     assert rank.wait() == 1
@@ -143,7 +149,7 @@ def test_a_rank_without_plans_ends_when_its_lease_does(start):
         ({"tensor_parallel_size": 2}, "tensor_parallel_size = 2 is not supported"),
     ],
 )
-def test_a_rank_that_cannot_start_leaves_its_reason(start, tmp_path, changes, message):
+def test_a_rank_that_cannot_start_leaves_its_reason(start: StartRank, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     report = tmp_path / "report.json"
     rank = start(report_path=str(report), **changes)
     assert rank.process.wait(START_TIMEOUT_S) == 1

@@ -1,30 +1,36 @@
 import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
-from plan_driver import GREEDY, PlanDriver
+from plan_driver import GREEDY, MakeRunner, PlanDriver
 from tiny_models import DEMO_MODEL
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from quire.common.errors import InternalError, NotSupported
-from quire.common.messages import Chunk, DrawPurpose, RowAdd, RowErrorCode, SamplingState, StepPlan
+from quire.common.messages import Chunk, DrawPurpose, RowAdd, RowErrorCode, SamplingState, StepPlan, StepResult
 from quire.kernels.sample import SamplingInputs, gumbel_noise
+from quire.worker.models.transformers_model import TransformersModel
 
 NUM_TOKENS = 10
 PROMPT_LENGTHS = (1, 7, 16, 33, 2, 48, 5, 17)
 
+Continuations: TypeAlias = dict[str, list[list[int]]]  # by model, in the order of the prompts
 
-def prompts_of(lengths=PROMPT_LENGTHS, seed=0):
+
+def prompts_of(lengths: Sequence[int] = PROMPT_LENGTHS, seed: int = 0) -> list[list[int]]:
     chance = random.Random(seed)
     return [[chance.randrange(3, 4096) for _ in range(length)] for length in lengths]
 
 
 @pytest.fixture(scope="session")
-def expected(tiny_folder):
+def expected(tiny_folder: Path) -> Continuations:
     """What transformers' own greedy generate continues each prompt with, by model."""
     config = GenerationConfig(do_sample=False, max_new_tokens=NUM_TOKENS, eos_token_id=None, pad_token_id=0)
 
-    def continue_all(folder):
+    def continue_all(folder: Path) -> list[list[int]]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
         outputs = [model.generate(torch.tensor([prompt]), generation_config=config)[0].tolist() for prompt in prompts_of()]
         return [output[len(prompt) :] for output, prompt in zip(outputs, prompts_of(), strict=True)]
@@ -49,20 +55,22 @@ def expected(tiny_folder):
         ("demo", 16, 1000, 0),
     ],
 )
-def test_eight_at_once_are_continued_as_transformers_continues_each_alone(make_runner, expected, model, block_size, chunk, stagger):
+def test_eight_at_once_are_continued_as_transformers_continues_each_alone(
+    make_runner: MakeRunner, expected: Continuations, model: str, block_size: int, chunk: int, stagger: int
+) -> None:
     driver = PlanDriver(make_runner(model, block_size=block_size, num_blocks=512))
     assert driver.generate(prompts_of(), num_tokens=NUM_TOKENS, chunk=chunk, stagger=stagger) == expected[model]
 
 
 @pytest.mark.parametrize("model", ["tiny", "demo"])
 @pytest.mark.parametrize("chunk", [1, 7, 16])
-def test_a_prompt_alone_is_continued_as_by_transformers(make_runner, expected, model, chunk):
+def test_a_prompt_alone_is_continued_as_by_transformers(make_runner: MakeRunner, expected: Continuations, model: str, chunk: int) -> None:
     driver = PlanDriver(make_runner(model, block_size=16))
     for index in (0, 3):
         assert driver.generate([prompts_of()[index]], num_tokens=NUM_TOKENS, chunk=chunk) == [expected[model][index]]
 
 
-def test_seeded_sampling_gives_the_same_tokens_alone_and_in_a_crowd(make_runner):
+def test_seeded_sampling_gives_the_same_tokens_alone_and_in_a_crowd(make_runner: MakeRunner) -> None:
     prompts = prompts_of()
     states = [
         SamplingState(
@@ -82,7 +90,7 @@ def test_seeded_sampling_gives_the_same_tokens_alone_and_in_a_crowd(make_runner)
     assert len({tuple(tokens) for tokens in crowd}) == len(prompts)
 
 
-def test_a_token_is_drawn_with_the_noise_of_the_place_that_it_takes(make_runner, models):
+def test_a_token_is_drawn_with_the_noise_of_the_place_that_it_takes(make_runner: MakeRunner, models: dict[str, TransformersModel]) -> None:
     prompt = prompts_of()[1]
     state = SamplingState(temperature=1.0, seed=9, sequence_index=2)
     tokens = PlanDriver(make_runner()).generate([prompt], num_tokens=4, chunk=7, sampling=[state])[0]
@@ -94,7 +102,7 @@ def test_a_token_is_drawn_with_the_noise_of_the_place_that_it_takes(make_runner,
         assert int((logits + gumbel_noise(4096, inputs, purpose=DrawPurpose.TARGET)).argmax()) == token_id
 
 
-def test_a_resumed_row_draws_what_it_would_have_drawn(make_runner):
+def test_a_resumed_row_draws_what_it_would_have_drawn(make_runner: MakeRunner) -> None:
     prompt = prompts_of()[3]
     state = SamplingState(temperature=1.0, top_p=0.95, seed=5)
     whole = PlanDriver(make_runner()).generate([prompt], num_tokens=12, chunk=16, sampling=[state])[0]
@@ -107,7 +115,7 @@ def test_a_resumed_row_draws_what_it_would_have_drawn(make_runner):
     assert tokens == whole[5:]
 
 
-def test_a_prefix_that_is_already_computed_is_not_computed_again(make_runner, expected):
+def test_a_prefix_that_is_already_computed_is_not_computed_again(make_runner: MakeRunner, expected: Continuations) -> None:
     driver = PlanDriver(make_runner(block_size=4))
     prompt = prompts_of()[3]
     first = driver.add(0, prompt, room=NUM_TOKENS)
@@ -121,7 +129,7 @@ def test_a_prefix_that_is_already_computed_is_not_computed_again(make_runner, ex
     assert tokens == expected["tiny"][3]
 
 
-def test_results_come_samples_first_then_sticky_rows_ascending(make_runner, expected):
+def test_results_come_samples_first_then_sticky_rows_ascending(make_runner: MakeRunner, expected: Continuations) -> None:
     driver = PlanDriver(make_runner())
     prompts = prompts_of()
     adds = [driver.add(row, prompts[index], room=4) for row, index in ((9, 1), (2, 2))]
@@ -135,7 +143,7 @@ def test_results_come_samples_first_then_sticky_rows_ascending(make_runner, expe
 # -- forks, copy-on-write, holds --------------------------------------------------------------------------------------
 
 
-def test_samples_of_one_prompt_share_blocks_until_they_write_and_draw_as_if_alone(make_runner):
+def test_samples_of_one_prompt_share_blocks_until_they_write_and_draw_as_if_alone(make_runner: MakeRunner) -> None:
     prompt = prompts_of()[1]  # 7 tokens in blocks of 4: the second block is shared and not full
     states = [SamplingState(temperature=1.0, seed=9, sequence_index=i) for i in range(3)]
     alone = [PlanDriver(make_runner()).generate([prompt], num_tokens=8, chunk=16, sampling=[state])[0] for state in states]
@@ -164,14 +172,14 @@ def test_samples_of_one_prompt_share_blocks_until_they_write_and_draw_as_if_alon
     assert [drawn[4], drawn[1], drawn[7]] == alone
 
 
-def test_a_held_row_waits_and_goes_on_where_it_stood(make_runner, expected):
+def test_a_held_row_waits_and_goes_on_where_it_stood(make_runner: MakeRunner, expected: Continuations) -> None:
     driver = PlanDriver(make_runner())
     prompts = prompts_of()
     adds = tuple(driver.add(row, prompts[row], room=NUM_TOKENS) for row in (0, 1))
     chunks = tuple(Chunk(row, 0, len(prompts[row]), True) for row in (0, 1))
-    drawn = {0: [], 1: []}
+    drawn: dict[int, list[int]] = {0: [], 1: []}
 
-    def note(result, *rows):
+    def note(result: StepResult, *rows: int) -> None:
         for row, token_id in zip(rows, result.token_ids, strict=True):
             drawn[row].append(token_id)
 
@@ -186,7 +194,7 @@ def test_a_held_row_waits_and_goes_on_where_it_stood(make_runner, expected):
 # -- sampling state ---------------------------------------------------------------------------------------------------
 
 
-def test_min_tokens_forbids_stop_tokens_until_it_is_reached(make_runner, expected):
+def test_min_tokens_forbids_stop_tokens_until_it_is_reached(make_runner: MakeRunner, expected: Continuations) -> None:
     prompt, free = prompts_of()[3], expected["tiny"][3]
     state = SamplingState(temperature=0.0, min_tokens=3, stop_ids=(free[0], free[1]))
     tokens = PlanDriver(make_runner()).generate([prompt], num_tokens=NUM_TOKENS, chunk=16, sampling=[state])[0]
@@ -195,7 +203,7 @@ def test_min_tokens_forbids_stop_tokens_until_it_is_reached(make_runner, expecte
     assert PlanDriver(make_runner()).generate([prompt], num_tokens=NUM_TOKENS, chunk=16, sampling=[unbound])[0] == free
 
 
-def test_a_row_whose_every_token_is_forbidden_fails_alone(make_runner, expected):
+def test_a_row_whose_every_token_is_forbidden_fails_alone(make_runner: MakeRunner, expected: Continuations) -> None:
     driver = PlanDriver(make_runner())
     prompts = prompts_of()
     closed = SamplingState(temperature=1.0, min_tokens=5, stop_ids=tuple(range(4096)))
@@ -205,7 +213,9 @@ def test_a_row_whose_every_token_is_forbidden_fails_alone(make_runner, expected)
     assert (result.counts, result.token_ids) == ((0, 1), (expected["tiny"][3][0],))
 
 
-def test_a_row_with_nan_fails_alone_and_may_decode_once_more_before_it_is_removed(make_runner, models, expected):
+def test_a_row_with_nan_fails_alone_and_may_decode_once_more_before_it_is_removed(
+    make_runner: MakeRunner, models: dict[str, TransformersModel], expected: Continuations
+) -> None:
     poisoned = 7
     weights = models["tiny"].module.get_input_embeddings().weight
     before = weights[poisoned].clone()
@@ -235,27 +245,31 @@ def test_a_row_with_nan_fails_alone_and_may_decode_once_more_before_it_is_remove
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_plan_is_a_heartbeat(make_runner):
+def test_an_empty_plan_is_a_heartbeat(make_runner: MakeRunner) -> None:
     driver = PlanDriver(make_runner())
     result = driver.step()
     assert (result.counts, result.device_s) == ((), 0.0)
+    assert driver.last_ack is not None
     assert driver.last_ack.error == ""
 
 
-def test_a_step_without_a_last_chunk_gives_no_token(make_runner):
+def test_a_step_without_a_last_chunk_gives_no_token(make_runner: MakeRunner) -> None:
     driver = PlanDriver(make_runner())
     result = driver.step(add_rows=(driver.add(0, prompts_of()[3]),), chunks=(Chunk(0, 0, 5, False),))
     assert result.counts == result.token_ids == ()
 
 
-def test_checksums_follow_lengths_and_blocks_not_tokens(make_runner):
-    def checksums(seed, room):
+def test_checksums_follow_lengths_and_blocks_not_tokens(make_runner: MakeRunner) -> None:
+    def checksums(seed: int, room: int) -> tuple[int, int]:
         driver = PlanDriver(make_runner())
         added = driver.add(0, prompts_of(seed=seed)[1], room=room)
         driver.step(add_rows=(added,), chunks=(Chunk(0, 0, 7, True),), samples=((0, 0),), debug_checksum=True)
-        first = driver.last_ack.checksum
+        first = driver.last_ack
         driver.step(debug_checksum=True)
-        return first, driver.last_ack.checksum
+        second = driver.last_ack
+        assert first is not None
+        assert second is not None
+        return first.checksum, second.checksum
 
     assert checksums(0, 2) == checksums(1, 2)
     assert checksums(0, 2)[0] != checksums(0, 2)[1]
@@ -271,7 +285,7 @@ def test_checksums_follow_lengths_and_blocks_not_tokens(make_runner):
         ({"draft_rows": (0,), "draft_ids": ((1,),)}, "draft_rows"),
     ],
 )
-def test_a_plan_that_asks_for_what_is_not_there_is_refused_by_field(make_runner, fields, name):
+def test_a_plan_that_asks_for_what_is_not_there_is_refused_by_field(make_runner: MakeRunner, fields: dict[str, Any], name: str) -> None:
     with pytest.raises(NotSupported, match=f"StepPlan.{name} "):
         make_runner().execute(StepPlan(1, 0, **fields))
 
@@ -292,7 +306,7 @@ def test_a_plan_that_asks_for_what_is_not_there_is_refused_by_field(make_runner,
     ],
     ids=str,
 )
-def test_a_sampling_state_that_asks_for_what_is_not_there_is_refused_by_field(make_runner, change):
+def test_a_sampling_state_that_asks_for_what_is_not_there_is_refused_by_field(make_runner: MakeRunner, change: dict[str, Any]) -> None:
     driver = PlanDriver(make_runner())
     with pytest.raises(NotSupported, match=f"SamplingState.{next(iter(change))} "):
         driver.step(add_rows=(driver.add(0, [1, 2], SamplingState(**change)),))
@@ -322,7 +336,9 @@ def test_a_sampling_state_that_asks_for_what_is_not_there_is_refused_by_field(ma
         ({"hold_rows": (~5,)}, "row 5 is not in the batch"),
     ],
 )
-def test_a_plan_that_contradicts_the_batch_is_an_error_with_the_values(make_runner, fields, message):
+def test_a_plan_that_contradicts_the_batch_is_an_error_with_the_values(
+    make_runner: MakeRunner, fields: dict[str, Any], message: str
+) -> None:
     driver = PlanDriver(make_runner())
     driver.free_blocks.remove(0)
     driver.step(add_rows=(driver.add(0, prompts_of()[1]),))
@@ -330,7 +346,7 @@ def test_a_plan_that_contradicts_the_batch_is_an_error_with_the_values(make_runn
         driver.step(**fields)
 
 
-def test_a_row_without_a_slot_for_its_token_is_an_error(make_runner):
+def test_a_row_without_a_slot_for_its_token_is_an_error(make_runner: MakeRunner) -> None:
     driver = PlanDriver(make_runner(block_size=1))
     driver.step(add_rows=(driver.add(0, [5, 6]),), chunks=(Chunk(0, 0, 2, True),), samples=((0, 0),))
     with pytest.raises(InternalError, match="slots for 2"):

@@ -96,7 +96,9 @@ def test_tokens_after_the_one_that_completes_a_stop_string_are_not_kept() -> Non
     for _ in range(50):
         include = rng.random() < 0.5
         made = completion(stop, "never", include=include)
-        texts, kept, start = [], [], 0
+        texts: list[str] = []
+        kept: list[int] = []
+        start = 0
         while start < len(ids):
             size = rng.randrange(1, 6)
             piece = made.push(ids[start : start + size])

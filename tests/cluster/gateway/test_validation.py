@@ -224,7 +224,7 @@ def test_a_request_without_a_prompt_is_refused(model: ServedModel) -> None:
         (10, {"min_tokens": 91}, "min_tokens is 91 and max_tokens is 90"),  # the default of max_tokens counts too
     ],
 )
-def test_lengths_that_do_not_fit_are_refused(model: ServedModel, num_prompt_tokens: int, stopping: dict[str, int], message: str) -> None:
+def test_lengths_that_do_not_fit_are_refused(model: ServedModel, num_prompt_tokens: int, stopping: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         resolved(model, num_prompt_tokens, stopping=StoppingParams(**stopping))
 
