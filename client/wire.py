@@ -38,7 +38,7 @@ from quire.v1 import cluster_pb2, inference_pb2
 # Parts of a GenerateRequest whose fields are options of their own.
 _SECTIONS: Final = ("", "sampling", "stopping", "output", "beam_search", "structured_output")
 # Options that are shorter than the names of their fields.
-_FIELD_NAMES: Final = {"stop": "stop_strings"}
+_FIELD_NAMES: Final = {"stop": "stop_strings", "num_beams": "beam_count"}
 # At most one of these: they are one oneof, where protobuf would silently keep the last.
 _FORMS: Final = tuple(field.name for field in inference_pb2.StructuredOutput.DESCRIPTOR.fields)
 _MESSAGE_KEYS: Final = ("role", "content", "name", "tool_call_id", "tool_calls")

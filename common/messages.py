@@ -3,7 +3,7 @@
 Three links, each a tagged union:
 
     session   gateway   <-> scheduler     Hello, Submit, Finish, Cancel       down
-                                          Welcome, Accepted, Rejected, Tokens, Finished, Failed   up
+                                          Welcome, Accepted, Rejected, PromptLogprobs, Tokens, Finished, Failed   up
     steps     scheduler <-> ranks         StepPlan                            down
                                           RankHello, StepResult, StepAck      up
     control   controller <-> scheduler    AttachGroup, DetachGroup, DrainGroup, StatusRequest     down
@@ -54,8 +54,8 @@ class DrawPurpose(enum.IntEnum):
 class SamplingState(_Part, frozen=True):
     """How a row's next token is chosen; everything resolved, nothing defaulted on the rank.
 
-    Order: bias and allowed/bad ids, penalties, temperature, top_k, top_p, min_p, then Gumbel-max with Philox noise keyed
-    by (seed; token id >> 2, position, sequence_index, purpose).
+    Order: bias and allowed/bad ids, penalties, temperature, top_k, top_p, min_p, typical_p, then Gumbel-max with Philox
+    noise keyed by (seed; token id >> 2, position, sequence_index, purpose).
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -72,10 +72,28 @@ class SamplingState(_Part, frozen=True):
     bias: tuple[tuple[int, float], ...] = ()
     allowed_ids: tuple[int, ...] | None = None
     bad_ids: tuple[int, ...] = ()
-    num_logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    beam_candidates: int = 0
-    grammar_id: int | None = None
+    num_logprobs: int | None = None  # of most likely tokens beside the drawn one; None asks for no log probabilities at all
+    num_prompt_logprobs: int | None = None  # the same for prompt tokens
+    num_beam_candidates: int = 0  # most likely continuations that the step reports for this row; above 0 nothing is drawn
+    grammar_id: int | None = None  # of StepPlan.grammars
+    typical_p: float = 1.0
+    bad_sequences: tuple[tuple[int, ...], ...] = ()  # bad words of several tokens: their last token is forbidden behind the others
+
+
+class Grammar(_Part, frozen=True):
+    """A form that a completion must have."""
+
+    kind: str  # json, json_schema, regex, choices or grammar
+    text: str  # the schema, the expression, the choices as a JSON list, or the grammar; "" for json
+
+
+class Logprobs(_Part, frozen=True):
+    """Log probabilities of consecutive tokens of one sequence, as columns of one entry per token."""
+
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]  # 1 is the most likely token
+    top_ids: tuple[tuple[int, ...], ...]  # most likely first
+    top_logprobs: tuple[tuple[float, ...], ...]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,6 +119,7 @@ class RankHello(_Message, frozen=True):
     device: str = ""
     host: str = ""
     pid: int = 0
+    kv_dtype: str = "auto"  # number format of the KV cache
 
 
 class RowAdd(_Part, frozen=True):
@@ -161,6 +180,8 @@ class StepPlan(_Message, frozen=True):
     draft_rows: tuple[int, ...] = ()  # with draft_ids: tokens to verify behind the row's last token
     draft_ids: tuple[tuple[int, ...], ...] = ()
     debug_checksum: bool = False
+    grammars: tuple[tuple[int, Grammar], ...] = ()  # (grammar_id, the form): known to the ranks from this plan on
+    forget_grammars: tuple[int, ...] = ()
 
 
 class RowErrorCode(enum.IntEnum):
@@ -181,11 +202,10 @@ class StepResult(_Message, frozen=True):
     step_id: int
     counts: tuple[int, ...] = ()  # tokens per sample: 1, 0 after a row error, more with drafts
     token_ids: tuple[int, ...] = ()  # flat, `counts` of them per sample
-    logprobs: tuple[float, ...] = ()
-    top_ids: tuple[tuple[int, ...], ...] = ()
-    top_logprobs: tuple[tuple[float, ...], ...] = ()
-    prompt_logprobs: tuple[tuple[int, tuple[float, ...]], ...] = ()
-    beam_candidates: tuple[tuple[tuple[int, float], ...], ...] = ()
+    logprobs: tuple[tuple[int, Logprobs], ...] = ()  # (index of the sample, of its tokens), for samples that ask
+    prompt_logprobs: tuple[tuple[int, Logprobs], ...] = ()  # (index of the chunk, of its tokens but the sequence's first)
+    # (index of the sample, its (token id, log probability) pairs, most likely first)
+    beam_candidates: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
     row_errors: tuple[tuple[int, int], ...] = ()  # (index of the sample, RowErrorCode)
     device_s: float = 0.0
     host_s: float = 0.0
@@ -244,13 +264,14 @@ class Submit(_Message, frozen=True):
     block_hashes: tuple[bytes, ...]  # of the prompt's full blocks (common/hashing.py), by the block size of Welcome
     cache_root: bytes
     sequences: tuple[SequenceStart, ...]
-    n: int
+    n: int  # sequences to return; `sequences` are those to generate, more when the best of them are asked for
     sampling: SamplingState
     max_tokens: int
     time_left_s: float
     age_s: float  # time since arrival at the gateway
     beam: BeamSearch | None = None
-    trace: str = ""
+    trace: str = ""  # W3C traceparent
+    grammar: Grammar | None = None
 
 
 class Finish(_Message, frozen=True):
@@ -318,9 +339,15 @@ class Tokens(_Message, frozen=True):
     first_offsets: tuple[int, ...]
     counts: tuple[int, ...]
     token_ids: tuple[int, ...]  # flat
-    logprobs: tuple[float, ...] = ()
-    top_ids: tuple[tuple[int, ...], ...] = ()
-    top_logprobs: tuple[tuple[float, ...], ...] = ()
+    logprobs: tuple[tuple[int, Logprobs], ...] = ()  # (index of the entry, of its tokens), for requests that ask
+
+
+class PromptLogprobs(_Message, frozen=True):
+    """Log probabilities of the next prompt tokens of a request, from its second token on. All come before its first token."""
+
+    handle: int
+    first_position: int
+    logprobs: Logprobs
 
 
 class UsageCounts(_Part, frozen=True):
@@ -349,6 +376,7 @@ class Finished(_Message, frozen=True):
     usage: UsageCounts
     spans: Spans
     num_preemptions: int = 0
+    cumulative_logprob: float | None = None  # of the sequence's tokens, if log probabilities or a best_of asked for it
 
 
 class Failed(_Message, frozen=True):
@@ -364,7 +392,7 @@ class Failed(_Message, frozen=True):
 
 
 SessionDown = Hello | Submit | Finish | Cancel
-SessionUp = Welcome | Accepted | Rejected | Tokens | Finished | Failed
+SessionUp = Welcome | Accepted | Rejected | PromptLogprobs | Tokens | Finished | Failed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # control: controller <-> scheduler
@@ -382,6 +410,8 @@ class AttachGroup(_Message, frozen=True):
     max_model_len: int
     max_sequences: int
     max_batched_tokens: int
+    preemption: str = "auto"  # auto, swap or recompute
+    kv_dtype: str = "auto"
 
 
 class DetachGroup(_Message, frozen=True):
@@ -396,6 +426,7 @@ class DrainGroup(_Message, frozen=True):
     """Finish what the group runs, give it nothing new."""
 
     group_id: str
+    term: int
 
 
 class StatusRequest(_Message, frozen=True):
@@ -442,9 +473,9 @@ class PoolStatus(_Part, frozen=True):
 class GroupStatus(_Part, frozen=True):
     group_id: str
     term: int
-    num_running: int
-    num_preempted: int
-    step_count: int
+    num_running_sequences: int
+    num_preempted_requests: int
+    num_steps: int
     gpu: PoolStatus
     cpu: PoolStatus
     gpu_ref_counts: bytes  # one byte per block, 255 for more
@@ -456,7 +487,8 @@ class QueueStatus(_Part, frozen=True):
     max_waiting: int
     max_waiting_tokens: int
     oldest_wait_s: float
-    num_running: int
+    num_running_requests: int
+    num_waiting_by_priority: tuple[tuple[int, int], ...] = ()  # (priority, requests), those with any
 
 
 class Status(_Message, frozen=True):
@@ -465,6 +497,7 @@ class Status(_Message, frozen=True):
     query_id: int
     groups: tuple[GroupStatus, ...]
     queue: QueueStatus
+    gauges: dict[str, float] = {}  # of the scheduler and, through StepAck, of its ranks; for metrics
 
 
 ControlDown = AttachGroup | DetachGroup | DrainGroup | StatusRequest

@@ -15,7 +15,7 @@ from quire.worker.models.transformers_model import TransformersModel
 from quire.worker.step_inputs import build_step_inputs
 
 # Parts of a plan that no code here honours yet.
-_UNSUPPORTED = ("swap_out", "swap_in", "wait_copies", "draft_rows", "draft_ids")
+_UNSUPPORTED = ("swap_out", "swap_in", "wait_copies", "draft_rows", "draft_ids", "grammars")
 
 
 class Runner:

@@ -18,9 +18,11 @@ _UNSUPPORTED = {
     "allowed_ids": None,
     "bad_ids": (),
     "num_logprobs": None,
-    "prompt_logprobs": None,
-    "beam_candidates": 0,
+    "num_prompt_logprobs": None,
+    "num_beam_candidates": 0,
     "grammar_id": None,
+    "typical_p": 1.0,
+    "bad_sequences": (),
 }
 
 

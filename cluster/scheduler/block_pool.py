@@ -15,9 +15,9 @@ class BlockPool:
 
         free     holds nothing that anybody knows of
         held     ref_count >= 1 sequences use it
-        cached   nobody holds it, but its contents have a name (common/hashing.py) and may be found again
+        cached   nobody holds it, but the hash of its contents (common/hashing.py) is known and it may be found again
 
-    free + cached + held = num_blocks, always. Contents are named by `publish`; a held block with a name can be found too.
+    free + cached + held = num_blocks, always. `publish` makes a block findable, a held one too.
     """
 
     def __init__(self, num_blocks: int, *, block_size: int) -> None:
@@ -25,10 +25,10 @@ class BlockPool:
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks
         self._free = deque(range(num_blocks))
-        # Invariant: exactly the blocks with a name and no holder, least recently used first (a dict keeps its order).
+        # Invariant: exactly the findable blocks without a holder, least recently used first (a dict keeps its order).
         self._cached: dict[int, None] = {}
         # Invariant: each other's inverse.
-        self._name_of: dict[int, bytes] = {}
+        self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
 
     @property
@@ -78,7 +78,7 @@ class BlockPool:
             else:
                 block_id = next(iter(self._cached))
                 del self._cached[block_id]
-                del self._block_of[self._name_of.pop(block_id)]
+                del self._block_of[self._hash_of.pop(block_id)]
             self._ref_counts[block_id] = 1
             taken.append(block_id)
         return taken
@@ -94,7 +94,7 @@ class BlockPool:
     def free(self, block_ids: Sequence[int]) -> None:
         """Take one holder away from each block of a block table.
 
-        A block without holders becomes cached if its contents have a name, else free. The last blocks of the table go first,
+        A block without holders becomes cached if it can be found, else free. The last blocks of the table go first,
         so that of a cached prefix the end is forgotten before the beginning, without which the end cannot be found.
         """
         for block_id in reversed(block_ids):
@@ -102,23 +102,31 @@ class BlockPool:
             assert count > 0, f"block {block_id} has no holder to take away"
             self._ref_counts[block_id] = count - 1
             if count == 1:
-                if block_id in self._name_of:
+                if block_id in self._hash_of:
                     self._cached[block_id] = None
                 else:
                     self._free.append(block_id)
 
-    def publish(self, block_id: int, name: bytes) -> None:
-        """Name the contents of a held block, so that `find` gives it. If another block has that name already, nothing changes."""
-        assert self._ref_counts[block_id] > 0, f"block {block_id} has no holder; only a holder can name its contents"
-        if name not in self._block_of and block_id not in self._name_of:
-            self._name_of[block_id] = name
-            self._block_of[name] = block_id
+    def publish(self, block_id: int, block_hash: bytes) -> None:
+        """Make a held block findable by the hash of its contents. If another block has that hash already, nothing changes."""
+        assert self._ref_counts[block_id] > 0, f"block {block_id} has no holder; only a holder knows its contents"
+        if block_hash not in self._block_of and block_id not in self._hash_of:
+            self._hash_of[block_id] = block_hash
+            self._block_of[block_hash] = block_id
 
-    def find(self, names: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest run of names, from the first, that are all known. `fork` them before the next `allocate`."""
+    def unpublish(self, block_ids: Iterable[int]) -> None:
+        """Make held blocks unfindable: their contents turned out to be wrong."""
+        for block_id in block_ids:
+            assert self._ref_counts[block_id] > 0, f"block {block_id} has no holder"
+            block_hash = self._hash_of.pop(block_id, None)
+            if block_hash is not None:
+                del self._block_of[block_hash]
+
+    def find(self, block_hashes: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest run of hashes, from the first, that are all known. `fork` them before the next `allocate`."""
         found: list[int] = []
-        for name in names:
-            block_id = self._block_of.get(name)
+        for block_hash in block_hashes:
+            block_id = self._block_of.get(block_hash)
             if block_id is None:
                 break
             found.append(block_id)
@@ -137,5 +145,5 @@ class BlockPool:
         assert not (free | held) & self._cached.keys(), (free | held) & self._cached.keys()
         assert len(free) + len(held) + len(self._cached) == self.num_blocks
         assert all(count >= 0 for count in self._ref_counts)
-        assert {name: block_id for block_id, name in self._name_of.items()} == self._block_of
-        assert self._cached.keys() <= self._name_of.keys() <= held | self._cached.keys()
+        assert {block_hash: block_id for block_id, block_hash in self._hash_of.items()} == self._block_of
+        assert self._cached.keys() <= self._hash_of.keys() <= held | self._cached.keys()

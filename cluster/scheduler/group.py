@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from quire.cluster.scheduler.block_pool import BlockPool
 from quire.cluster.scheduler.request import Request, RequestState, Sequence
 from quire.common.hashing import hash_block, hash_full_blocks
-from quire.common.messages import AttachGroup, Chunk, GroupStatus, PoolStatus, RankHello, RowAdd, StepPlan, StepResult
+from quire.common.messages import AttachGroup, Chunk, GroupStatus, PoolStatus, RankHello, RowAdd, RowErrorCode, StepPlan, StepResult
 
 # Plans that may be sent and not yet answered: one computes, the next waits at the ranks, so that they never wait for us.
 MAX_PLANS_OUTSTANDING = 2
@@ -55,6 +55,7 @@ class Group:
         self.drain_reported = False
         self.pool = BlockPool(0, block_size=attach.block_size)
         self.num_cpu_blocks = 0
+        self.num_rows = 0
         self.requests: dict[int, Request] = {}  # running, by handle
         self.outstanding: deque[SentPlan] = deque()
         self.last_sent_s = 0.0
@@ -79,8 +80,8 @@ class Group:
         if self.is_ready:
             self.pool = BlockPool(min(h.num_gpu_blocks for h in self.hellos.values()), block_size=self.config.block_size)
             self.num_cpu_blocks = min(h.num_cpu_blocks for h in self.hellos.values())
-            num_rows = min(self.config.max_sequences, min(h.max_rows for h in self.hellos.values()))
-            self._free_rows = list(range(num_rows - 1, -1, -1))
+            self.num_rows = min(self.config.max_sequences, min(h.max_rows for h in self.hellos.values()))
+            self._free_rows = list(range(self.num_rows - 1, -1, -1))
 
     @property
     def max_request_tokens(self) -> int:
@@ -97,11 +98,11 @@ class Group:
         block_size = self.pool.block_size
         num_tokens = sequence.num_prompt_tokens + sequence.max_tokens
         num_blocks = -(-num_tokens // block_size)
-        names = list(request.submit.block_hashes)
+        block_hashes = list(request.submit.block_hashes)
         if len(sequence.token_ids) > sequence.num_prompt_tokens:  # resumed: its own tokens fill further blocks
-            names = hash_full_blocks(request.submit.cache_root, sequence.token_ids, block_size=block_size)
+            block_hashes = hash_full_blocks(request.submit.cache_root, sequence.token_ids, block_size=block_size)
         # The last token is always computed: its logits are what the next one is drawn from.
-        found = self.pool.find(names[: (sequence.prompt_len - 1) // block_size])
+        found = self.pool.find(block_hashes[: (sequence.prompt_len - 1) // block_size])
         num_available = self.pool.num_available - self.pool.num_unheld(found) - self._num_blocks_reserved
         if num_blocks - len(found) > num_available:
             return False
@@ -109,7 +110,7 @@ class Group:
         num_prompt_blocks = -(-sequence.prompt_len // block_size)
         sequence.block_table = found + self.pool.allocate(num_prompt_blocks - len(found))
         self._reserve(sequence, num_blocks - num_prompt_blocks)
-        sequence.block_names = names
+        sequence.block_hashes = block_hashes
         sequence.num_published = len(found)
         sequence.num_planned = sequence.num_cached_tokens = len(found) * block_size
         sequence.row = self._free_rows.pop()
@@ -183,11 +184,29 @@ class Group:
         self.last_sent_s = now_s
         return plan
 
+    def objection(self, result: StepResult) -> str:
+        """Why a result cannot be applied, "" if it can: it must answer the oldest outstanding plan, sample by sample."""
+        if not self.outstanding or result.step_id != self.outstanding[0].step_id:
+            expected = self.outstanding[0].step_id if self.outstanding else "none"
+            return f"the result of step {result.step_id} came out of turn; expected: {expected}"
+        num_samples = len(self.outstanding[0].sampled)
+        failed = {index for index, _ in result.row_errors}
+        if len(result.counts) != num_samples or sum(result.counts) != len(result.token_ids):
+            return (
+                f"the result of step {result.step_id} has {len(result.counts)} samples of {sum(result.counts)} tokens and "
+                f"{len(result.token_ids)} token ids; the plan has {num_samples} samples"
+            )
+        if any(count != (0 if index in failed else 1) for index, count in enumerate(result.counts)):
+            return f"the result of step {result.step_id} has counts {result.counts} with errors at {sorted(failed)}"
+        unknown = [code for index, code in result.row_errors if code not in set(RowErrorCode) or not 0 <= index < num_samples]
+        return f"the result of step {result.step_id} has unknown row errors {unknown}" if unknown else ""
+
     def apply(self, result: StepResult) -> Applied:
-        """Take in the result of the oldest outstanding plan. Tokens of sequences that ended meanwhile are dropped."""
+        """Take in the result of the oldest outstanding plan, to which there is no `objection`.
+
+        Tokens of sequences that ended meanwhile are dropped.
+        """
         sent = self.outstanding.popleft()
-        assert result.step_id == sent.step_id, (result.step_id, sent.step_id)
-        assert len(result.counts) == len(sent.sampled), (len(result.counts), len(sent.sampled))
         self.num_steps_done += 1
         errors = dict(result.row_errors)
         applied = Applied()
@@ -199,6 +218,7 @@ class Group:
             if sequence.ended:
                 continue
             if index in errors:
+                self.pool.unpublish(sequence.block_table)  # what gave no finite logits must not be found by others
                 applied.failed.append((sequence, errors[index]))
                 continue
             for token_id in token_ids:
@@ -212,9 +232,9 @@ class Group:
         return GroupStatus(
             group_id=self.group_id,
             term=self.term,
-            num_running=len(self.requests),
-            num_preempted=0,
-            step_count=self.num_steps_done,
+            num_running_sequences=len(self.requests),
+            num_preempted_requests=0,
+            num_steps=self.num_steps_done,
             gpu=PoolStatus(pool.num_blocks, pool.num_free, pool.num_cached, pool.num_held, pool.num_shared),
             cpu=PoolStatus(self.num_cpu_blocks, self.num_cpu_blocks, 0, 0, 0),
             gpu_ref_counts=pool.ref_counts(),
@@ -235,7 +255,7 @@ class Group:
         assert self._num_blocks_reserved <= self.pool.num_available
         rows = [sequence.row for sequence in sequences if sequence.row >= 0] + self._rows_to_remove
         rows += self._free_rows
-        assert len(set(rows)) == len(rows), "a row is used twice"
+        assert sorted(rows) == list(range(self.num_rows)), "a row is lost or used twice"
         assert len(self.outstanding) <= MAX_PLANS_OUTSTANDING
 
     # -- helpers ------------------------------------------------------------------------------------------------------
@@ -290,20 +310,20 @@ class Group:
 
     def _publish_planned_prompt(self, sequence: Sequence) -> None:
         """Prompt blocks can be found as soon as they are planned: a later plan that reads them is computed later."""
-        num_full = min(sequence.num_planned // self.pool.block_size, len(sequence.block_names))
+        num_full = min(sequence.num_planned // self.pool.block_size, len(sequence.block_hashes))
         self._publish(sequence, num_full)
 
     def _publish_decoded(self, sequence: Sequence) -> None:
         """Blocks that decoding filled can be found once their tokens are known; the last token's keys are not written yet."""
         block_size = self.pool.block_size
         num_full = (len(sequence.token_ids) - 1) // block_size
-        while len(sequence.block_names) < num_full:
-            start = len(sequence.block_names) * block_size
-            parent = sequence.block_names[-1] if sequence.block_names else sequence.cache_root
-            sequence.block_names.append(hash_block(parent, sequence.token_ids[start : start + block_size]))
+        while len(sequence.block_hashes) < num_full:
+            start = len(sequence.block_hashes) * block_size
+            parent = sequence.block_hashes[-1] if sequence.block_hashes else sequence.cache_root
+            sequence.block_hashes.append(hash_block(parent, sequence.token_ids[start : start + block_size]))
         self._publish(sequence, num_full)
 
     def _publish(self, sequence: Sequence, num_full: int) -> None:
         while sequence.num_published < num_full:
-            self.pool.publish(sequence.block_table[sequence.num_published], sequence.block_names[sequence.num_published])
+            self.pool.publish(sequence.block_table[sequence.num_published], sequence.block_hashes[sequence.num_published])
             sequence.num_published += 1

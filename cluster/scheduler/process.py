@@ -84,7 +84,7 @@ class SchedulerProcess:
         self._stopping = True
 
     def run(self) -> None:
-        """Serve until `stop` is called or the controller is gone."""
+        """Serve until `stop` is called."""
         while not self._stopping:
             self.turn()
 
@@ -105,12 +105,15 @@ class SchedulerProcess:
         self._flush()
 
     def _handle(self, handler: Callable[[bytes, bytes], None], peer: bytes, frame: bytes) -> None:
-        """One bad message must not end the loop; many in a row mean that we are broken, and then a restart is better."""
+        """One bad message must not end the loop. A broken invariant does: after it, tokens could be wrong. So do many errors in
+        a row, which mean that we are broken in some other way."""
         try:
             handler(peer, frame)
             self._num_errors_in_a_row = 0
         except msgspec.DecodeError as error:
             log.warning("a message from %r is not one of ours: %s", peer, error)
+        except AssertionError:
+            raise
         except Exception:
             self._num_errors_in_a_row += 1
             log.exception("a message from %r could not be handled (%d in a row)", peer, self._num_errors_in_a_row)
@@ -121,8 +124,7 @@ class SchedulerProcess:
         message = decode_session_down(frame)
         match message:
             case Hello():
-                if message.version != PROTOCOL_VERSION:
-                    log.error("gateway %r speaks version %d, this scheduler %d", peer, message.version, PROTOCOL_VERSION)
+                _warn_of_version(peer, message.version)
                 self._scheduler.hello(peer, message)  # its Welcome names our version; the gateway refuses to go on
             case Submit():
                 self._scheduler.submit(peer, message, self._clock())
@@ -149,11 +151,12 @@ class SchedulerProcess:
         message = decode_control_down(frame)
         match message:
             case AttachGroup():
+                _warn_of_version(peer, message.version)
                 self._scheduler.attach(message)
             case DetachGroup():
                 self._scheduler.detach(message)
             case DrainGroup():
-                self._scheduler.drain(message.group_id)
+                self._scheduler.drain(message)
             case StatusRequest():
                 self._scheduler.status(message.query_id, self._clock())
 
@@ -191,6 +194,11 @@ class SchedulerProcess:
                 return False
             raise
         return True
+
+
+def _warn_of_version(peer: bytes, version: int) -> None:
+    if version != PROTOCOL_VERSION:
+        log.error("%r speaks version %d, this scheduler %d; run one version of Quire on all hosts", peer, version, PROTOCOL_VERSION)
 
 
 def _router(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":

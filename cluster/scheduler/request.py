@@ -26,11 +26,11 @@ class Sequence:
     max_tokens: int  # of the completion, resumed tokens included
     num_prompt_tokens: int  # of the client's prompt, without resumed tokens
     sampling: SamplingState
-    cache_root: bytes  # parent of its first block's name
+    cache_root: bytes  # parent of its first block's hash
     row: int = -1  # in the group's batch; -1 outside it
     block_table: list[int] = field(default_factory=list)
-    block_names: list[bytes] = field(default_factory=list)  # of the full blocks known so far
-    num_published: int = 0  # blocks whose names the pool knows
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks known so far
+    num_published: int = 0  # blocks that the pool can find by these
     # Invariant: num_planned <= len(token_ids) + num_in_flight and num_planned <= len(block_table) * block_size.
     num_planned: int = 0
     num_in_flight: int = 0  # sampled tokens that plans asked for and no result brought yet
@@ -46,11 +46,6 @@ class Sequence:
     def num_completion_planned(self) -> int:
         """Completion tokens known or asked for."""
         return self.num_completion_tokens + self.num_in_flight
-
-    @property
-    def is_prefilled(self) -> bool:
-        """Whether the whole prompt is planned, so that the row decodes by itself from the next plan on."""
-        return self.num_planned >= self.prompt_len
 
 
 @dataclass(slots=True, eq=False)

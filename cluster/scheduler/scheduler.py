@@ -6,8 +6,10 @@ The process around it (process.py) feeds it messages, sends what it asks for, an
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from quire.cluster.scheduler.group import Group, NewToken
 from quire.cluster.scheduler.request import Request, RequestState, Sequence
@@ -19,7 +21,9 @@ from quire.common.messages import (
     Accepted,
     AttachGroup,
     Cancel,
+    ControlUp,
     DetachGroup,
+    DrainGroup,
     EndReason,
     Failed,
     Finish,
@@ -33,6 +37,7 @@ from quire.common.messages import (
     RankHello,
     Rejected,
     RowErrorCode,
+    SessionUp,
     Spans,
     Status,
     StepAck,
@@ -43,6 +48,9 @@ from quire.common.messages import (
     UsageCounts,
     Welcome,
 )
+
+# Deadlines of requests that have ended may stay in the heap up to so many beyond twice the live ones.
+MAX_ENDED_DEADLINES: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +65,12 @@ class SchedulerConfig:
     retry_after_s: float = 1.0  # what clients are told to wait when a queue is full or no group serves
 
 
-SessionUpMessage = Welcome | Accepted | Rejected | Tokens | Finished | Failed
-ControlUpMessage = GroupReady | GroupLost | GroupDrained | Status
-
-
 @dataclass(slots=True)
 class Outbox:
     """Messages to send, in order per receiver."""
 
-    to_gateways: list[tuple[bytes, SessionUpMessage]] = field(default_factory=list)
-    to_controller: list[ControlUpMessage] = field(default_factory=list)
+    to_gateways: list[tuple[bytes, SessionUp]] = field(default_factory=list)
+    to_controller: list[ControlUp] = field(default_factory=list)
 
 
 class Scheduler:
@@ -79,7 +83,9 @@ class Scheduler:
         self._gateways: set[bytes] = set()
         self._by_key: dict[tuple[bytes, str], Request] = {}  # not ended; one attempt of each
         self._by_handle: dict[int, Request] = {}  # the same ones
-        self._deadlines: list[tuple[float, int]] = []  # heap of (deadline_s, handle); ended ones are dropped when they surface
+        self._deadlines: list[
+            tuple[float, int]
+        ] = []  # heap of (deadline_s, handle); ended ones go when they surface, or when they are many
         self._next_handle = 0
         self._outbox = Outbox()
 
@@ -145,6 +151,9 @@ class Scheduler:
         self._by_key[request.key] = request
         self._by_handle[handle] = request
         heapq.heappush(self._deadlines, (request.deadline_s, handle))
+        if len(self._deadlines) > 2 * len(self._by_handle) + MAX_ENDED_DEADLINES:
+            self._deadlines = [(live.deadline_s, live.handle) for live in self._by_handle.values()]
+            heapq.heapify(self._deadlines)
         self.queue.push(request)
         self._to_gateway(gateway, Accepted(message.request_id, message.attempt, handle))
 
@@ -168,19 +177,19 @@ class Scheduler:
         if former is not None:
             if former.term >= message.term:
                 return
-            self._fail_requests(former, f"worker group {message.group_id} was attached anew")
+            self._fail_requests(former)
         self.groups[message.group_id] = Group(message)
 
     def detach(self, message: DetachGroup) -> None:
         """The group's term is over."""
         group = self.groups.get(message.group_id)
         if group is not None and group.term == message.term:
-            self._drop(group, message.reason)
+            self._drop(group)
 
-    def drain(self, group_id: str) -> None:
+    def drain(self, message: DrainGroup) -> None:
         """Give the group nothing new; say GroupDrained when nothing is left."""
-        if group_id in self.groups:
-            group = self.groups[group_id]
+        group = self.groups.get(message.group_id)
+        if group is not None and group.term == message.term:
             group.draining = True
             self._tell_limits()
             self._fail_if_unserved(group.model)
@@ -195,7 +204,8 @@ class Scheduler:
             max_waiting=self.queue.max_requests,
             max_waiting_tokens=self.queue.max_tokens,
             oldest_wait_s=now_s - first.arrival_s if first else 0.0,
-            num_running=sum(len(group.requests) for group in self.groups.values()),
+            num_running_requests=sum(len(group.requests) for group in self.groups.values()),
+            num_waiting_by_priority=tuple(sorted(Counter(request.submit.priority for request in self.queue.all()).items())),
         )
         groups = tuple(self.groups[group_id].status() for group_id in sorted(self.groups))
         self._outbox.to_controller.append(Status(query_id, groups, queue))
@@ -248,15 +258,19 @@ class Scheduler:
         group = self.groups.get(group_id)
         if group is None or result.term != group.term:
             return  # late, from a term that is over
-        if not group.outstanding or result.step_id != group.outstanding[0].step_id:
-            self._lose(group, f"a result of step {result.step_id} came out of turn")
+        objection = group.objection(result)
+        if objection:
+            self._lose(group, objection)
             return
         applied = group.apply(result)
         self._send_tokens(applied.tokens)
         for sequence, code in applied.failed:
             self._fail_row(self._by_handle[sequence.handle], RowErrorCode(code))
         for token in applied.tokens:
-            self._finish_if_ended(self._by_handle[token.sequence.handle], token, now_s)
+            request = self._by_handle[token.sequence.handle]
+            if request.first_token_s is None:
+                request.first_token_s = now_s
+            self._finish_if_ended(request, token, now_s)
         self._report_if_drained(group)
 
     def ack(self, group_id: str, ack: StepAck) -> None:
@@ -357,8 +371,6 @@ class Scheduler:
 
     def _finish_if_ended(self, request: Request, token: NewToken, now_s: float) -> None:
         sequence = request.sequence
-        if request.first_token_s is None:
-            request.first_token_s = now_s
         num_completion_tokens = token.offset + 1
         if token.token_id in sequence.sampling.stop_ids and num_completion_tokens > sequence.sampling.min_tokens:
             self._finish(request, EndReason.STOP, stop_id=token.token_id, num_completion_tokens=num_completion_tokens, now_s=now_s)
@@ -421,17 +433,18 @@ class Scheduler:
         return [group for group in self.groups.values() if group.model == model and group.is_ready and not group.draining]
 
     def _lose(self, group: Group, reason: str) -> None:
-        """The group cannot go on: tell the controller, which ends its ranks."""
+        """The group cannot go on: tell the controller, which ends its ranks. Clients are not told the reason: it is ours."""
         self._outbox.to_controller.append(GroupLost(group.group_id, group.term, reason))
-        self._drop(group, reason)
+        self._drop(group)
 
-    def _drop(self, group: Group, reason: str) -> None:
-        self._fail_requests(group, f"worker group {group.group_id} is gone: {reason}")
+    def _drop(self, group: Group) -> None:
+        self._fail_requests(group)
         del self.groups[group.group_id]
         self._tell_limits()
         self._fail_if_unserved(group.model)
 
-    def _fail_requests(self, group: Group, message: str) -> None:
+    def _fail_requests(self, group: Group) -> None:
+        message = f"the worker group that ran the request is gone; try again in {self.config.retry_after_s:g} s"
         for request in list(group.requests.values()):
             self._fail(request, StatusCode.UNAVAILABLE, "GROUP_LOST", message, retryable=True)
 
@@ -486,6 +499,6 @@ class Scheduler:
     ) -> None:
         self._to_gateway(gateway, Rejected(message.request_id, message.attempt, code, reason, text, retry_after_s=retry_after_s))
 
-    def _to_gateway(self, gateway: bytes, message: SessionUpMessage) -> None:
+    def _to_gateway(self, gateway: bytes, message: SessionUp) -> None:
         if gateway in self._gateways:
             self._outbox.to_gateways.append((gateway, message))

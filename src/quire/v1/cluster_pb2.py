@@ -23,41 +23,44 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from quire.v1 import inference_pb2 as quire_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16quire/v1/cluster.proto\x12\x08quire.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf0\x02\n\x05Group\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.quire.v1.GroupState\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\x12\x15\n\rrestart_count\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x1d\n\x05ranks\x18\x08 \x03(\x0b\x32\x0e.quire.v1.Rank\x12\x1e\n\x16running_sequence_count\x18\t \x01(\r\x12\x1f\n\x17preempted_request_count\x18\n \x01(\r\x12,\n\ngpu_blocks\x18\x0b \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12,\n\ncpu_blocks\x18\x0c \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12\x12\n\nstep_count\x18\r \x01(\x04\"?\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\"\x84\x01\n\x0e\x42lockPoolState\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0c\n\x04held\x18\x04 \x01(\r\x12\x0e\n\x06shared\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\x04\"\x13\n\x11ListGroupsRequest\"5\n\x12ListGroupsResponse\x12\x1f\n\x06groups\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Group\"\x11\n\x0fGetQueueRequest\"\xe1\x01\n\x10GetQueueResponse\x12\x1d\n\x15waiting_request_count\x18\x01 \x01(\r\x12\x1b\n\x13waiting_token_count\x18\x02 \x01(\x04\x12!\n\x19max_waiting_request_count\x18\x03 \x01(\r\x12\x1f\n\x17max_waiting_token_count\x18\x04 \x01(\x04\x12.\n\x0boldest_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15running_request_count\x18\x06 \x01(\r\"6\n\x10GetBlocksRequest\x12\x15\n\x08group_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x0b\n\t_group_id\":\n\x11GetBlocksResponse\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.quire.v1.GroupBlocks\"\x93\x01\n\x0bGroupBlocks\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12,\n\ngpu_blocks\x18\x02 \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12,\n\ncpu_blocks\x18\x03 \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12\x16\n\x0egpu_ref_counts\x18\x04 \x01(\x0c\"%\n\x11\x44rainGroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\t\"4\n\x12\x44rainGroupResponse\x12\x1e\n\x05group\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Group*\x8d\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x15\n\x11GROUP_STATE_READY\x10\x02\x12\x18\n\x14GROUP_STATE_DRAINING\x10\x03\x12\x17\n\x13GROUP_STATE_STOPPED\x10\x04\x32\xab\x02\n\x0e\x43lusterService\x12G\n\nListGroups\x12\x1b.quire.v1.ListGroupsRequest\x1a\x1c.quire.v1.ListGroupsResponse\x12\x41\n\x08GetQueue\x12\x19.quire.v1.GetQueueRequest\x1a\x1a.quire.v1.GetQueueResponse\x12\x44\n\tGetBlocks\x12\x1a.quire.v1.GetBlocksRequest\x1a\x1b.quire.v1.GetBlocksResponse\x12G\n\nDrainGroup\x12\x1b.quire.v1.DrainGroupRequest\x1a\x1c.quire.v1.DrainGroupResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16quire/v1/cluster.proto\x12\x08quire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18quire/v1/inference.proto\"\xf0\x02\n\x05Group\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.quire.v1.GroupState\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\x12\x15\n\rrestart_count\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x1d\n\x05ranks\x18\x08 \x03(\x0b\x32\x0e.quire.v1.Rank\x12\x1e\n\x16running_sequence_count\x18\t \x01(\r\x12\x1f\n\x17preempted_request_count\x18\n \x01(\r\x12,\n\ngpu_blocks\x18\x0b \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12,\n\ncpu_blocks\x18\x0c \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12\x12\n\nstep_count\x18\r \x01(\x04\"?\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\"\x84\x01\n\x0e\x42lockPoolState\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0c\n\x04held\x18\x04 \x01(\r\x12\x0e\n\x06shared\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\x04\"\x13\n\x11ListGroupsRequest\"5\n\x12ListGroupsResponse\x12\x1f\n\x06groups\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Group\"\x11\n\x0fGetQueueRequest\"\x8e\x02\n\x10GetQueueResponse\x12\x1d\n\x15waiting_request_count\x18\x01 \x01(\r\x12\x1b\n\x13waiting_token_count\x18\x02 \x01(\x04\x12!\n\x19max_waiting_request_count\x18\x03 \x01(\r\x12\x1f\n\x17max_waiting_token_count\x18\x04 \x01(\x04\x12.\n\x0boldest_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15running_request_count\x18\x06 \x01(\r\x12+\n\npriorities\x18\x07 \x03(\x0b\x32\x17.quire.v1.PriorityQueue\"T\n\rPriorityQueue\x12$\n\x08priority\x18\x01 \x01(\x0e\x32\x12.quire.v1.Priority\x12\x1d\n\x15waiting_request_count\x18\x02 \x01(\r\"6\n\x10GetBlocksRequest\x12\x15\n\x08group_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x0b\n\t_group_id\":\n\x11GetBlocksResponse\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.quire.v1.GroupBlocks\"\x93\x01\n\x0bGroupBlocks\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12,\n\ngpu_blocks\x18\x02 \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12,\n\ncpu_blocks\x18\x03 \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12\x16\n\x0egpu_ref_counts\x18\x04 \x01(\x0c\"%\n\x11\x44rainGroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\t\"4\n\x12\x44rainGroupResponse\x12\x1e\n\x05group\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Group*\x8d\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x15\n\x11GROUP_STATE_READY\x10\x02\x12\x18\n\x14GROUP_STATE_DRAINING\x10\x03\x12\x17\n\x13GROUP_STATE_STOPPED\x10\x04\x32\xab\x02\n\x0e\x43lusterService\x12G\n\nListGroups\x12\x1b.quire.v1.ListGroupsRequest\x1a\x1c.quire.v1.ListGroupsResponse\x12\x41\n\x08GetQueue\x12\x19.quire.v1.GetQueueRequest\x1a\x1a.quire.v1.GetQueueResponse\x12\x44\n\tGetBlocks\x12\x1a.quire.v1.GetBlocksRequest\x1a\x1b.quire.v1.GetBlocksResponse\x12G\n\nDrainGroup\x12\x1b.quire.v1.DrainGroupRequest\x1a\x1c.quire.v1.DrainGroupResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quire.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GROUPSTATE']._serialized_start=1322
-  _globals['_GROUPSTATE']._serialized_end=1463
-  _globals['_GROUP']._serialized_start=69
-  _globals['_GROUP']._serialized_end=437
-  _globals['_RANK']._serialized_start=439
-  _globals['_RANK']._serialized_end=502
-  _globals['_BLOCKPOOLSTATE']._serialized_start=505
-  _globals['_BLOCKPOOLSTATE']._serialized_end=637
-  _globals['_LISTGROUPSREQUEST']._serialized_start=639
-  _globals['_LISTGROUPSREQUEST']._serialized_end=658
-  _globals['_LISTGROUPSRESPONSE']._serialized_start=660
-  _globals['_LISTGROUPSRESPONSE']._serialized_end=713
-  _globals['_GETQUEUEREQUEST']._serialized_start=715
-  _globals['_GETQUEUEREQUEST']._serialized_end=732
-  _globals['_GETQUEUERESPONSE']._serialized_start=735
-  _globals['_GETQUEUERESPONSE']._serialized_end=960
-  _globals['_GETBLOCKSREQUEST']._serialized_start=962
-  _globals['_GETBLOCKSREQUEST']._serialized_end=1016
-  _globals['_GETBLOCKSRESPONSE']._serialized_start=1018
-  _globals['_GETBLOCKSRESPONSE']._serialized_end=1076
-  _globals['_GROUPBLOCKS']._serialized_start=1079
-  _globals['_GROUPBLOCKS']._serialized_end=1226
-  _globals['_DRAINGROUPREQUEST']._serialized_start=1228
-  _globals['_DRAINGROUPREQUEST']._serialized_end=1265
-  _globals['_DRAINGROUPRESPONSE']._serialized_start=1267
-  _globals['_DRAINGROUPRESPONSE']._serialized_end=1319
-  _globals['_CLUSTERSERVICE']._serialized_start=1466
-  _globals['_CLUSTERSERVICE']._serialized_end=1765
+  _globals['_GROUPSTATE']._serialized_start=1479
+  _globals['_GROUPSTATE']._serialized_end=1620
+  _globals['_GROUP']._serialized_start=95
+  _globals['_GROUP']._serialized_end=463
+  _globals['_RANK']._serialized_start=465
+  _globals['_RANK']._serialized_end=528
+  _globals['_BLOCKPOOLSTATE']._serialized_start=531
+  _globals['_BLOCKPOOLSTATE']._serialized_end=663
+  _globals['_LISTGROUPSREQUEST']._serialized_start=665
+  _globals['_LISTGROUPSREQUEST']._serialized_end=684
+  _globals['_LISTGROUPSRESPONSE']._serialized_start=686
+  _globals['_LISTGROUPSRESPONSE']._serialized_end=739
+  _globals['_GETQUEUEREQUEST']._serialized_start=741
+  _globals['_GETQUEUEREQUEST']._serialized_end=758
+  _globals['_GETQUEUERESPONSE']._serialized_start=761
+  _globals['_GETQUEUERESPONSE']._serialized_end=1031
+  _globals['_PRIORITYQUEUE']._serialized_start=1033
+  _globals['_PRIORITYQUEUE']._serialized_end=1117
+  _globals['_GETBLOCKSREQUEST']._serialized_start=1119
+  _globals['_GETBLOCKSREQUEST']._serialized_end=1173
+  _globals['_GETBLOCKSRESPONSE']._serialized_start=1175
+  _globals['_GETBLOCKSRESPONSE']._serialized_end=1233
+  _globals['_GROUPBLOCKS']._serialized_start=1236
+  _globals['_GROUPBLOCKS']._serialized_end=1383
+  _globals['_DRAINGROUPREQUEST']._serialized_start=1385
+  _globals['_DRAINGROUPREQUEST']._serialized_end=1422
+  _globals['_DRAINGROUPRESPONSE']._serialized_start=1424
+  _globals['_DRAINGROUPRESPONSE']._serialized_end=1476
+  _globals['_CLUSTERSERVICE']._serialized_start=1623
+  _globals['_CLUSTERSERVICE']._serialized_end=1922
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from quire.v1 import inference_pb2 as _inference_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -278,6 +279,7 @@ class GetQueueResponse(_message.Message):
     MAX_WAITING_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     OLDEST_WAIT_FIELD_NUMBER: _builtins.int
     RUNNING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    PRIORITIES_FIELD_NUMBER: _builtins.int
     waiting_request_count: _builtins.int
     """Requests that wait for a group."""
     waiting_token_count: _builtins.int
@@ -292,6 +294,10 @@ class GetQueueResponse(_message.Message):
     def oldest_wait(self) -> _duration_pb2.Duration:
         """How long the oldest one has waited."""
 
+    @_builtins.property
+    def priorities(self) -> _containers.RepeatedCompositeFieldContainer[Global___PriorityQueue]:
+        """Waiting requests by class, those with any."""
+
     def __init__(
         self,
         *,
@@ -301,14 +307,41 @@ class GetQueueResponse(_message.Message):
         max_waiting_token_count: _builtins.int = ...,
         oldest_wait: _duration_pb2.Duration | None = ...,
         running_request_count: _builtins.int = ...,
+        priorities: _abc.Iterable[Global___PriorityQueue] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_wait", b"oldest_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_waiting_request_count", b"max_waiting_request_count", "max_waiting_token_count", b"max_waiting_token_count", "oldest_wait", b"oldest_wait", "running_request_count", b"running_request_count", "waiting_request_count", b"waiting_request_count", "waiting_token_count", b"waiting_token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_waiting_request_count", b"max_waiting_request_count", "max_waiting_token_count", b"max_waiting_token_count", "oldest_wait", b"oldest_wait", "priorities", b"priorities", "running_request_count", b"running_request_count", "waiting_request_count", b"waiting_request_count", "waiting_token_count", b"waiting_token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetQueueResponse: _TypeAlias = GetQueueResponse  # noqa: Y015
+
+@_typing.final
+class PriorityQueue(_message.Message):
+    """What waits in one priority class."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    WAITING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    priority: _inference_pb2.Priority.ValueType
+    """The class."""
+    waiting_request_count: _builtins.int
+    """Its requests that wait for a group."""
+    def __init__(
+        self,
+        *,
+        priority: _inference_pb2.Priority.ValueType = ...,
+        waiting_request_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["priority", b"priority", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PriorityQueue: _TypeAlias = PriorityQueue  # noqa: Y015
 
 @_typing.final
 class GetBlocksRequest(_message.Message):
@@ -371,7 +404,7 @@ class GroupBlocks(_message.Message):
     group_id: _builtins.str
     """The group's id."""
     gpu_ref_counts: _builtins.bytes
-    """Number of holders of each block on the device, by block id; 0 is free or cached."""
+    """Number of holders of each block on the device, one byte per block, by block id. 0 is free or cached, 255 stands for more."""
     @_builtins.property
     def gpu_blocks(self) -> Global___BlockPoolState:
         """Its pool on the device."""

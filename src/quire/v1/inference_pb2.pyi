@@ -33,7 +33,7 @@ class _EarlyStoppingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EarlySt
     EARLY_STOPPING_HEURISTIC: _EarlyStopping.ValueType  # 1
     """When a better beam is unlikely."""
     EARLY_STOPPING_FIRST: _EarlyStopping.ValueType  # 2
-    """As soon as num_beams beams are finished."""
+    """As soon as beam_count beams are finished."""
     EARLY_STOPPING_NEVER: _EarlyStopping.ValueType  # 3
     """Only when no better beam is possible."""
 
@@ -45,7 +45,7 @@ EARLY_STOPPING_UNSPECIFIED: EarlyStopping.ValueType  # 0
 EARLY_STOPPING_HEURISTIC: EarlyStopping.ValueType  # 1
 """When a better beam is unlikely."""
 EARLY_STOPPING_FIRST: EarlyStopping.ValueType  # 2
-"""As soon as num_beams beams are finished."""
+"""As soon as beam_count beams are finished."""
 EARLY_STOPPING_NEVER: EarlyStopping.ValueType  # 3
 """Only when no better beam is possible."""
 Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
@@ -325,7 +325,7 @@ class ChatMessage(_message.Message):
     role: _builtins.str
     """Who speaks: "system", "user", "assistant", "tool", or a role that the template knows."""
     content: _builtins.str
-    """What is said."""
+    """What is said. Not set where a turn has none, such as one that only calls tools."""
     name: _builtins.str
     """Name of the speaker or of the tool, where the template uses one."""
     tool_call_id: _builtins.str
@@ -338,19 +338,23 @@ class ChatMessage(_message.Message):
         self,
         *,
         role: _builtins.str = ...,
-        content: _builtins.str = ...,
+        content: _builtins.str | None = ...,
         name: _builtins.str | None = ...,
         tool_call_id: _builtins.str | None = ...,
         tool_calls_json: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_tool_call_id", b"_tool_call_id", "name", b"name", "tool_call_id", b"tool_call_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "_name", b"_name", "_tool_call_id", b"_tool_call_id", "content", b"content", "name", b"name", "tool_call_id", b"tool_call_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_tool_call_id", b"_tool_call_id", "content", b"content", "name", b"name", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls_json", b"tool_calls_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "_name", b"_name", "_tool_call_id", b"_tool_call_id", "content", b"content", "name", b"name", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls_json", b"tool_calls_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__content: _TypeAlias = _typing.Literal["content"]  # noqa: Y015
+    _WhichOneofArgType__content: _TypeAlias = _typing.Literal["_content", b"_content"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
     _WhichOneofReturnType__tool_call_id: _TypeAlias = _typing.Literal["tool_call_id"]  # noqa: Y015
     _WhichOneofArgType__tool_call_id: _TypeAlias = _typing.Literal["_tool_call_id", b"_tool_call_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__content) -> _WhichOneofReturnType__content | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
     @_typing.overload
@@ -603,14 +607,14 @@ Global___OutputParams: _TypeAlias = OutputParams  # noqa: Y015
 
 @_typing.final
 class BeamSearchParams(_message.Message):
-    """Beam search: the num_beams most likely continuations are kept at each step."""
+    """Beam search: the beam_count most likely continuations are kept at each step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    NUM_BEAMS_FIELD_NUMBER: _builtins.int
+    BEAM_COUNT_FIELD_NUMBER: _builtins.int
     LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
     EARLY_STOPPING_FIELD_NUMBER: _builtins.int
-    num_beams: _builtins.int
+    beam_count: _builtins.int
     """Number of beams. 2 to 16."""
     length_penalty: _builtins.float
     """Exponent of the length by which a beam's score is divided. Default 1."""
@@ -619,26 +623,26 @@ class BeamSearchParams(_message.Message):
     def __init__(
         self,
         *,
-        num_beams: _builtins.int | None = ...,
+        beam_count: _builtins.int | None = ...,
         length_penalty: _builtins.float | None = ...,
         early_stopping: Global___EarlyStopping.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_early_stopping", b"_early_stopping", "_length_penalty", b"_length_penalty", "_num_beams", b"_num_beams", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty", "num_beams", b"num_beams"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_count", b"_beam_count", "_early_stopping", b"_early_stopping", "_length_penalty", b"_length_penalty", "beam_count", b"beam_count", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_early_stopping", b"_early_stopping", "_length_penalty", b"_length_penalty", "_num_beams", b"_num_beams", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty", "num_beams", b"num_beams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_count", b"_beam_count", "_early_stopping", b"_early_stopping", "_length_penalty", b"_length_penalty", "beam_count", b"beam_count", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__beam_count: _TypeAlias = _typing.Literal["beam_count"]  # noqa: Y015
+    _WhichOneofArgType__beam_count: _TypeAlias = _typing.Literal["_beam_count", b"_beam_count"]  # noqa: Y015
     _WhichOneofReturnType__early_stopping: _TypeAlias = _typing.Literal["early_stopping"]  # noqa: Y015
     _WhichOneofArgType__early_stopping: _TypeAlias = _typing.Literal["_early_stopping", b"_early_stopping"]  # noqa: Y015
     _WhichOneofReturnType__length_penalty: _TypeAlias = _typing.Literal["length_penalty"]  # noqa: Y015
     _WhichOneofArgType__length_penalty: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty"]  # noqa: Y015
-    _WhichOneofReturnType__num_beams: _TypeAlias = _typing.Literal["num_beams"]  # noqa: Y015
-    _WhichOneofArgType__num_beams: _TypeAlias = _typing.Literal["_num_beams", b"_num_beams"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beam_count) -> _WhichOneofReturnType__beam_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stopping) -> _WhichOneofReturnType__early_stopping | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__length_penalty) -> _WhichOneofReturnType__length_penalty | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_beams) -> _WhichOneofReturnType__num_beams | None: ...
 
 Global___BeamSearchParams: _TypeAlias = BeamSearchParams  # noqa: Y015
 
@@ -864,6 +868,7 @@ class GenerateStreamResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    CUMULATIVE_LOGPROB_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, the server's own when the caller gave none."""
     model: _builtins.str
@@ -878,6 +883,8 @@ class GenerateStreamResponse(_message.Message):
     """Why the sequence ended; set in its last message only."""
     seed: _builtins.int
     """The seed of its draws; in the stream's last message only."""
+    cumulative_logprob: _builtins.float
+    """Sum of the log probabilities of the sequence's tokens, if they were computed; in its last message only."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that follow those sent before."""
@@ -917,17 +924,22 @@ class GenerateStreamResponse(_message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
         seed: _builtins.int | None = ...,
+        cumulative_logprob: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_timings", b"_timings", "_usage", b"_usage", "seed", b"seed", "stop_cause", b"stop_cause", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cumulative_logprob", b"_cumulative_logprob", "_seed", b"_seed", "_timings", b"_timings", "_usage", b"_usage", "cumulative_logprob", b"cumulative_logprob", "seed", b"seed", "stop_cause", b"stop_cause", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_timings", b"_timings", "_usage", b"_usage", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "model", b"model", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "seed", b"seed", "stop_cause", b"stop_cause", "text_delta", b"text_delta", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cumulative_logprob", b"_cumulative_logprob", "_seed", b"_seed", "_timings", b"_timings", "_usage", b"_usage", "cumulative_logprob", b"cumulative_logprob", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "model", b"model", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "seed", b"seed", "stop_cause", b"stop_cause", "text_delta", b"text_delta", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cumulative_logprob: _TypeAlias = _typing.Literal["cumulative_logprob"]  # noqa: Y015
+    _WhichOneofArgType__cumulative_logprob: _TypeAlias = _typing.Literal["_cumulative_logprob", b"_cumulative_logprob"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__timings: _TypeAlias = _typing.Literal["timings"]  # noqa: Y015
     _WhichOneofArgType__timings: _TypeAlias = _typing.Literal["_timings", b"_timings"]  # noqa: Y015
     _WhichOneofReturnType__usage: _TypeAlias = _typing.Literal["usage"]  # noqa: Y015
     _WhichOneofArgType__usage: _TypeAlias = _typing.Literal["_usage", b"_usage"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cumulative_logprob) -> _WhichOneofReturnType__cumulative_logprob | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload

@@ -2,12 +2,13 @@
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import pytest
 from fake_ranks import FakeRanks, expected_completion, hello
 
-from quire.cluster.scheduler.scheduler import Scheduler, SchedulerConfig
+from quire.cluster.scheduler.scheduler import MAX_ENDED_DEADLINES, Scheduler, SchedulerConfig
 from quire.common.errors import StatusCode
 from quire.common.hashing import cache_root, hash_full_blocks
 from quire.common.messages import (
@@ -15,6 +16,7 @@ from quire.common.messages import (
     Accepted,
     AttachGroup,
     Cancel,
+    DrainGroup,
     EndReason,
     Failed,
     Finish,
@@ -24,6 +26,7 @@ from quire.common.messages import (
     GroupReady,
     Hello,
     Rejected,
+    RowErrorCode,
     SamplingState,
     SequenceStart,
     StepAck,
@@ -172,10 +175,12 @@ def test_figure_6_of_the_paper_a_block_is_given_only_when_the_last_one_is_full()
 def test_one_plan_is_always_on_its_way_while_another_computes() -> None:
     story = Story()
     story.submit("a", [1, 2, 3], max_tokens=5)
-    assert story.send() == 2  # the prompt, and the first decode without having seen its token
+    num_sent = story.send()
+    assert num_sent == 2  # the prompt, and the first decode without having seen its token
     assert story.history[1].chunks == ()
     story.answer()
-    assert story.send() == 1
+    num_sent = story.send()
+    assert num_sent == 1
     story.run()
     assert len(story.tokens["a"]) == 5
 
@@ -338,12 +343,69 @@ def test_a_failed_rank_ends_the_group_and_its_requests_say_so() -> None:
     story.step()
     story.scheduler.ack("g0", StepAck(1, 1, 0, error="out of memory"))
     story.deliver()
-    assert any(isinstance(message, GroupLost) for message in story.control)
+    (lost,) = [message for message in story.control if isinstance(message, GroupLost)]
+    assert "out of memory" in lost.reason
     end = story.ends["a"]
     assert isinstance(end, Failed)
     assert (end.code, end.retryable) == (StatusCode.UNAVAILABLE, True)
+    assert "out of memory" not in end.message, "clients are not told of our insides"
     story.submit("b", [1])
     assert isinstance(story.ends["b"], Rejected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"step_id": 7}, "step 7 came out of turn; expected: 0"),
+        ({"counts": (), "token_ids": ()}, "has 0 samples of 0 tokens and 0 token ids; the plan has 1 samples"),
+        ({"token_ids": ()}, "has 1 samples of 1 tokens and 0 token ids"),
+        ({"counts": (2,), "token_ids": (1, 2)}, "has counts (2,)"),
+        ({"row_errors": ((0, 1),)}, "with errors at [0]"),
+        ({"counts": (0,), "token_ids": (), "row_errors": ((0, 99),)}, "unknown row errors [99]"),
+        ({"counts": (0,), "token_ids": ()}, "has counts (0,)"),
+    ],
+)
+def test_a_result_that_does_not_answer_its_plan_loses_the_group_and_no_token(changes: dict[str, Any], reason: str) -> None:
+    story = Story()
+    story.submit("a", [1, 2, 3], max_tokens=9)
+    story.send()
+    result = story.ranks.execute(story.plans.pop(0))
+    story.scheduler.apply("g0", msgspec.structs.replace(result, **changes), story.now_s)
+    story.deliver()
+    (lost,) = [message for message in story.control if isinstance(message, GroupLost)]
+    assert reason in lost.reason
+    assert isinstance(story.ends["a"], Failed)
+    assert story.tokens["a"] == []
+
+
+def test_a_row_without_finite_logits_fails_alone_and_its_blocks_are_found_by_nobody() -> None:
+    story = Story()
+    story.submit("bad", list(range(9)), max_tokens=3)
+    story.submit("good", [7, 8], max_tokens=3)
+    story.send()
+    result = story.ranks.execute(story.plans.pop(0))
+    broken = msgspec.structs.replace(result, counts=(0, 1), token_ids=result.token_ids[1:], row_errors=((0, RowErrorCode.NOT_FINITE),))
+    story.scheduler.apply("g0", broken, story.now_s)
+    story.deliver()
+    story.run()
+    end = story.ends["bad"]
+    assert isinstance(end, Failed)
+    assert (end.code, end.reason) == (StatusCode.INTERNAL, "NOT_FINITE")
+    assert story.tokens["good"] == expected_completion([7, 8], NEUTRAL, max_tokens=3)
+    story.submit("again", list(range(9)), max_tokens=3)
+    story.run()
+    again = story.ends["again"]
+    assert isinstance(again, Finished)
+    assert again.usage.num_cached_tokens == 0
+
+
+def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
+    story = Story()
+    for index in range(3000):
+        story.submit(f"r{index}", [1], max_tokens=1, time_left_s=600.0)
+        story.scheduler.cancel(GATEWAY, Cancel(f"r{index}", 0, None, "client"))
+        story.deliver()
+    assert len(story.scheduler._deadlines) <= MAX_ENDED_DEADLINES + 2
 
 
 def test_a_step_that_never_ends_loses_the_group() -> None:
@@ -359,19 +421,21 @@ def test_a_step_that_never_ends_loses_the_group() -> None:
 
 def test_an_idle_group_gets_a_heartbeat_and_a_working_one_none_too_many() -> None:
     story = Story()
-    assert story.send() == 0
+    num_at_once = story.send()
     story.now_s += story.config.heartbeat_s + 0.1
-    assert story.send() == 1
+    num_later = story.send()
+    assert (num_at_once, num_later) == (0, 1)
     assert (story.history[0].chunks, story.history[0].add_rows) == ((), ())
     story.answer()
-    assert story.send() == 0
+    num_soon_after = story.send()
+    assert num_soon_after == 0
 
 
 def test_a_draining_group_finishes_what_runs_and_then_says_so() -> None:
     story = Story()
     story.submit("a", [1, 2], max_tokens=6)
     story.step()
-    story.scheduler.drain("g0")
+    story.scheduler.drain(DrainGroup("g0", 1))
     story.deliver()
     story.submit("b", [1])
     assert isinstance(story.ends["b"], Rejected)
