@@ -1,9 +1,7 @@
 """`quire serve`: a cluster on this machine, in the foreground."""
 
 import argparse
-import json
 import os
-import signal
 import sys
 import time
 from dataclasses import fields
@@ -13,8 +11,10 @@ from typing import Any
 import yaml
 
 from quire.cluster.controller.ray_environment import prepare_local_ray
+from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.config import ModelConfig, ServeConfig, config_as_dict, plan_model, resolve_config, setting_type
 from quire.common.errors import ConfigError
+from quire.common.files import write_json_atomically
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name in _SETTING_NAMES}
     config = resolve_config(flags, file=_read_config_file(args.config))
-    if args.print_config:
-        yaml.safe_dump(config_as_dict(config), sys.stdout, sort_keys=False)
-        return 0
     plan = plan_model(config.models[0])
+    if args.print_config:
+        yaml.safe_dump(config_as_dict(config, plan), sys.stdout, sort_keys=False)
+        return 0
     ready_file = Path(args.ready_file).absolute() if args.ready_file else None
-    stop_signals: list[int] = []
+    stop = StopSignals()
     started_s = time.monotonic()
     print(
         f"starting {plan.name} ({plan.folder.model_type}, {plan.dtype}, {plan.device}; {plan.num_gpu_blocks} blocks of "
@@ -52,18 +52,13 @@ def run(args: argparse.Namespace) -> int:
     from quire.cluster.controller.local_cluster import LocalCluster  # not before: it imports ray
 
     with LocalCluster(config, plan) as cluster:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: stop_signals.append(number))
-        address = cluster.start(is_cancelled=lambda: bool(stop_signals))
+        address = cluster.start(stop)
         if address:
-            # Ray sets handlers of its own while it starts.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, _: stop_signals.append(number))
             if ready_file:
-                _write_atomically(ready_file, json.dumps({"address": address}))
+                write_json_atomically(ready_file, {"address": address})
             print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
             print(f'try:   quire generate --address {address} "Once upon a time"', flush=True)
-            cluster.run(is_cancelled=lambda: bool(stop_signals))
+            cluster.run(stop)
         print("stopping", flush=True)
     return 0
 
@@ -100,9 +95,3 @@ def _read_config_file(path: str | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"the config file {path} must hold a mapping of settings")
     return values
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)

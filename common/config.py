@@ -18,6 +18,17 @@ from quire.common.errors import ConfigError, NotSupported
 from quire.common.model_folder import BUILT_IN_MODEL_NAME, ModelFolder, read_model_folder
 
 ENV_PREFIX: Final = "QUIRE_"
+# Variables of ours that are no settings. Others are not ours and not our business: Kubernetes makes QUIRE_PORT of a service.
+_OTHER_VARIABLES: Final = ("QUIRE_CONFIG", "QUIRE_ADDRESS", "QUIRE_API_KEY", "QUIRE_RUN_FOLDER")
+# A variable this close to a setting's is taken for a misspelt one.
+_MISSPELT_RATIO: Final = 0.85
+
+# What a batch holds when nobody says: (sequences, tokens of a step).
+_BATCH_LIMITS: Final = {"cpu": (32, 512), "cuda": (256, 8192)}
+# Largest KV cache on CPU when nobody says.
+_CPU_KV_CACHE_BYTES: Final = 2**30
+# Of the numbers of ranks that heads can be split over, those up to here are worth naming.
+_MAX_NAMED_RANKS: Final = 64
 
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -107,6 +118,7 @@ def resolve_config(
         raise ConfigError("the config file's `models:` must be a list of one mapping; this version serves one model")
     serve_values = _merge(ServeConfig, flags, environ, file, where="the config file")
     model_values = _merge(ModelConfig, flags, environ, entries[0], where="the config file's `models:` entry")
+    _refuse_misspelt_variables(environ)
     config = ServeConfig(**serve_values, models=(ModelConfig(**model_values),))
     _check_ranges(config)
     return config
@@ -122,7 +134,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
     folder = read_model_folder(_model_path(config.model))
     tensor_parallel_size = config.tensor_parallel_size
     if folder.num_heads % tensor_parallel_size:
-        divisors = [n for n in range(1, folder.num_heads + 1) if folder.num_heads % n == 0 and n <= 64]
+        divisors = [n for n in range(1, min(folder.num_heads, _MAX_NAMED_RANKS) + 1) if folder.num_heads % n == 0]
         listed = ", ".join(map(str, divisors[:-1])) + (" or " if divisors[:-1] else "") + str(divisors[-1])
         raise ConfigError(f"{folder.num_heads} query heads cannot be split over {tensor_parallel_size} ranks; use {listed}")
     max_model_len = config.max_model_len or folder.max_positions
@@ -131,8 +143,9 @@ def plan_model(config: ModelConfig) -> ModelPlan:
     _refuse_later_features(config)
     device = "cpu" if config.device == "auto" else config.device
     dtype = ("float32" if device == "cpu" else folder.dtype) if config.dtype == "auto" else config.dtype
-    max_batched_tokens = config.max_batched_tokens or (512 if device == "cpu" else 8192)
-    max_sequences = config.max_sequences or min(32 if device == "cpu" else 256, max_batched_tokens)
+    default_sequences, default_tokens = _BATCH_LIMITS[device]
+    max_batched_tokens = config.max_batched_tokens or default_tokens
+    max_sequences = config.max_sequences or min(default_sequences, max_batched_tokens)
     if max_sequences > max_batched_tokens:
         raise ConfigError(
             f"max_sequences {max_sequences} is more than max_batched_tokens {max_batched_tokens}: a step computes at least one token "
@@ -183,7 +196,7 @@ def parse_setting(cls: type, name: str, value: Any, *, where: str) -> Any:
         if isinstance(value, bool) or (kind is int and isinstance(value, float)):
             raise ValueError(value)
         parsed = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         takes = "bytes, such as 2Gi or 500M" if meta["is_bytes"] else {int: "a whole number", float: "a number", bool: "true or false"}
         what = takes if isinstance(takes, str) else takes.get(kind, "text")
         raise ConfigError(f"{where}: {name} is {value!r}; it takes {what}") from None
@@ -212,10 +225,22 @@ def _parse_bool(value: Any) -> bool:
     return words[str(value).lower()]
 
 
-def config_as_dict(config: ServeConfig) -> dict[str, Any]:
-    """The config as a YAML file would hold it."""
+def config_as_dict(config: ServeConfig, plan: ModelPlan) -> dict[str, Any]:
+    """What is in force, as a YAML file would hold it: with everything decided that the config left open."""
     values = asdict(config)
-    values["models"] = [dict(entry) for entry in values["models"]]
+    decided = {
+        "model": str(plan.folder.path),
+        "name": plan.name,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "gpu_blocks": plan.num_gpu_blocks,
+        "kv_cache_memory": None,  # said by gpu_blocks
+        "max_model_len": plan.max_model_len,
+        "max_sequences": plan.max_sequences,
+        "max_batched_tokens": plan.max_batched_tokens,
+        "num_threads": plan.num_threads,
+    }
+    values["models"] = [{name: value for name, value in {**values["models"][0], **decided}.items() if value is not None}]
     return values
 
 
@@ -235,6 +260,15 @@ def _merge(cls: type, flags: Mapping[str, Any], environ: Mapping[str, str], file
         elif name in file:
             values[name] = parse_setting(cls, name, file[name], where=where)
     return values
+
+
+def _refuse_misspelt_variables(environ: Mapping[str, str]) -> None:
+    known = [ENV_PREFIX + f.name.upper() for cls in (ServeConfig, ModelConfig) for f in fields(cls) if f.name != "models"]
+    for name in environ:
+        if name.startswith(ENV_PREFIX) and name not in known and name not in _OTHER_VARIABLES:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT_RATIO)
+            if close:
+                raise ConfigError(f"the environment has {name}, which is no setting; did you mean {close[0]}? else unset it")
 
 
 def _check_ranges(config: ServeConfig) -> None:
@@ -306,4 +340,4 @@ def _num_gpu_blocks(config: ModelConfig, *, block_bytes: int, max_model_len: int
             raise ConfigError(f"kv_cache_memory {config.kv_cache_memory} holds no block; one takes {block_bytes} bytes")
         return config.kv_cache_memory // block_bytes
     per_sequence = -(-max_model_len // config.block_size)
-    return max(per_sequence, min(max_sequences * per_sequence, 2**30 // block_bytes))
+    return max(per_sequence, min(max_sequences * per_sequence, _CPU_KV_CACHE_BYTES // block_bytes))

@@ -19,6 +19,9 @@ _SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "num_heads": ("num_attention_heads", "n_head", "n_heads"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_kv_heads": ("num_key_value_heads", "multi_query_group_num", "num_kv_heads"),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
     "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
 }
 _DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,7 +42,8 @@ class ModelFolder:
     max_positions: int
     dtype: str  # of the checkpoint: float32, bfloat16 or float16
     eos_token_ids: tuple[int, ...]
-    generation: Mapping[str, Any]  # generation_config.json, {} without one
+    generation: Mapping[str, Any]  # generation_config.json, {} without one; numbers where numbers belong
+    has_chat_template: bool
     fingerprint: str  # of config and weights' index; equal on all ranks of a group
 
     def kv_bytes_per_token(self, *, dtype: str, tensor_parallel_size: int) -> int:
@@ -70,7 +74,8 @@ def read_model_folder(path: Path) -> ModelFolder:
             reason="NO_SAFETENSORS",
         )
     text = config.get("text_config", config)  # multi-modal families keep the decoder's sizes one level down
-    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    generation = _read_generation(path)
+    tokenizer = _read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
     num_heads = _size(text, "num_heads", path)
     hidden_size = _size(text, "hidden_size", path)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
@@ -79,36 +84,55 @@ def read_model_folder(path: Path) -> ModelFolder:
         model_type=str(config.get("model_type", "unknown")),
         num_layers=_size(text, "num_layers", path),
         num_heads=num_heads,
-        num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
-        head_dim=int(text.get("head_dim") or hidden_size // num_heads),
+        num_kv_heads=_size(text, "num_kv_heads", path, default=num_heads),
+        head_dim=_size(text, "head_dim", path, default=max(1, hidden_size // num_heads)),
         hidden_size=hidden_size,
-        vocab_size=int(text["vocab_size"]) if "vocab_size" in text else _missing("vocab_size", path),
+        vocab_size=_size(text, "vocab_size", path),
         max_positions=_size(text, "max_positions", path),
         dtype=dtype if dtype in _DTYPE_BYTES else "float32",
-        eos_token_ids=_token_ids(generation.get("eos_token_id", text.get("eos_token_id"))),
+        eos_token_ids=_token_ids(generation.get("eos_token_id", text.get("eos_token_id")), path),
         generation=generation,
+        has_chat_template=(path / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
         fingerprint=_fingerprint(path),
     )
 
 
-def _size(config: Mapping[str, Any], name: str, path: Path) -> int:
+def _size(config: Mapping[str, Any], name: str, path: Path, *, default: int | None = None) -> int:
     for spelling in _SPELLINGS[name]:
-        if config.get(spelling) is not None:
-            size = int(config[spelling])
-            if size < 1:
-                raise ConfigError(f"{path}/config.json says {spelling} = {size}; it must be at least 1")
-            return size
-    return _missing(" or ".join(_SPELLINGS[name]), path)
+        size = config.get(spelling)
+        if size is not None:
+            if not _is_whole(size) or size < 1:
+                raise ConfigError(f"{path}/config.json says {spelling} = {size!r}; it must be a whole number of at least 1")
+            return int(size)
+    if default is None:
+        what = " or ".join(_SPELLINGS[name])
+        raise ConfigError(f"{path}/config.json does not say {what}; is this a decoder-only language model?")
+    return default
 
 
-def _missing(what: str, path: Path) -> int:
-    raise ConfigError(f"{path}/config.json does not say {what}; is this a decoder-only language model?")
+def _read_generation(path: Path) -> dict[str, Any]:
+    """generation_config.json without what is not set; the parameters that requests take from it are numbers."""
+    if not (path / "generation_config.json").is_file():
+        return {}
+    generation = {name: value for name, value in _read_json(path / "generation_config.json").items() if value is not None}
+    for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "top_k"):
+        value = generation.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or (name == "top_k" and not _is_whole(value)):
+            raise ConfigError(f"{path}/generation_config.json says {name} = {value!r}; it must be a number")
+    if generation.get("top_k", 0) < 0:  # some write -1 for "all", as some APIs do
+        generation["top_k"] = 0
+    return generation
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+def _token_ids(value: Any, path: Path) -> tuple[int, ...]:
+    token_ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(_is_whole(token_id) and token_id >= 0 for token_id in token_ids):
+        raise ConfigError(f"{path} says eos_token_id = {value!r}; it must be a token id or a list of them")
+    return tuple(token_ids)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One rank as a process: `python -m quire.worker.rank_process`, started by common/child_process.start_child."""
 
-import json
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from quire.common.child_process import enter_child
 from quire.common.errors import ConfigError
+from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
 from quire.common.model_folder import read_model_folder
 from quire.worker.host_memory import available_memory_bytes, check_pool_fits
@@ -137,9 +137,7 @@ def _refuse_unsupported(spec: RankSpec) -> None:
 def _report(spec: RankSpec, message: str) -> None:
     """Leave the reason of a failed start for the parent: whole or not at all."""
     if spec.report_path:
-        part = Path(f"{spec.report_path}.part")
-        part.write_text(json.dumps({"error": message}))
-        part.replace(spec.report_path)
+        write_json_atomically(Path(spec.report_path), {"error": message})
 
 
 if __name__ == "__main__":

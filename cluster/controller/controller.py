@@ -18,7 +18,8 @@ import zmq.asyncio
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from quire.cluster.controller.discovery import ClusterAdmin, Discovery, TokenizerFile, group_message, served_model, tokenizer_files
+from quire.cluster.controller.cluster_admin import ClusterAdmin
+from quire.cluster.controller.discovery import Discovery, TokenizerFile, group_message, served_model, tokenizer_files
 from quire.cluster.controller.groups import Action, DrainAtScheduler, Group, GroupState, GroupTable, RankInfo, StopRanks
 from quire.cluster.controller.process_actor import ProcessActor
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
@@ -40,6 +41,7 @@ from quire.common.messages import (
 )
 from quire.internal.v1 import discovery_pb2, discovery_pb2_grpc
 from quire.v1 import cluster_pb2_grpc
+from quire.worker.rank_spec import RankSpec
 
 log = logging.getLogger("quire.controller")
 
@@ -161,10 +163,12 @@ class _Controller:
         self._next_query_id += 1
         self._queries[query_id] = asyncio.get_running_loop().create_future()
         try:
-            await self._link.send(encode(StatusRequest(query_id)))
-            return await asyncio.wait_for(self._queries[query_id], STATUS_TIMEOUT_S)
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                await self._link.send(encode(StatusRequest(query_id)))
+                return await self._queries[query_id]
         except TimeoutError:
-            raise Unavailable(f"the scheduler did not answer within {STATUS_TIMEOUT_S:g} s", retry_after_s=1.0) from None
+            text = f"the scheduler did not answer within {STATUS_TIMEOUT_S:g} s; try again"
+            raise Unavailable(text, reason="SCHEDULER_SILENT", retry_after_s=1.0) from None
         finally:
             del self._queries[query_id]
 
@@ -190,7 +194,7 @@ class _Controller:
         spec = {"process": asdict(process), "scheduler": asdict(scheduler)}
         await self._scheduler.start.remote("quire.cluster.scheduler.process", spec, str(self._log("scheduler")))
         code = await self._scheduler.wait.remote()
-        self._finish(f"the scheduler ended with code {code}; see {self._log('scheduler')}")
+        self._finish(f"the scheduler ended with code {code}")
 
     async def _read_scheduler(self) -> None:
         while True:
@@ -229,6 +233,7 @@ class _Controller:
                     max_model_len=plan.max_model_len,
                     max_sequences=plan.max_sequences,
                     max_batched_tokens=plan.max_batched_tokens,
+                    preemption=plan.preemption,
                 )
             )
         )
@@ -240,7 +245,13 @@ class _Controller:
         bundles = [{"CPU": 1.0}] * group.tensor_parallel_size
         placement = placement_group(bundles, strategy="STRICT_PACK", name=group.group_id)
         self._placements[group.group_id] = placement
-        await asyncio.wait_for(placement.ready(), PLACEMENT_TIMEOUT_S)
+        try:
+            await asyncio.wait_for(placement.ready(), PLACEMENT_TIMEOUT_S)
+        except TimeoutError:
+            asked = f"{group.tensor_parallel_size} ranks of 1 CPU each on one host"
+            why = f"Ray found no place for {asked} within {PLACEMENT_TIMEOUT_S:g} s; it has {ray.cluster_resources().get('CPU', 0):g} CPUs"
+            self._perform(self._table.on_lost(group.group_id, group.term, why))
+            return
         actors = []
         for rank in range(group.tensor_parallel_size):
             strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
@@ -266,30 +277,32 @@ class _Controller:
             return f"rank {rank}'s actor died"
         with contextlib.suppress(OSError, ValueError, KeyError):
             return f"rank {rank}: {json.loads(self._report(group, rank).read_text())['error']}"
-        return f"rank {rank} ended with code {code}; see {self._log(f'{group.group_id}-{rank}')}"
+        return f"rank {rank} ended with code {code}"
 
     def _rank_spec(self, group: Group, rank: int) -> dict[str, Any]:
         plan = self._plan
-        return {
-            "group_id": group.group_id,
-            "term": group.term,
-            "rank": rank,
-            "tensor_parallel_size": plan.tensor_parallel_size,
-            "model_path": str(plan.folder.path),
-            "device": plan.device,
-            "dtype": plan.dtype,
-            "num_gpu_blocks": plan.num_gpu_blocks,
-            "num_cpu_blocks": plan.num_cpu_blocks,
-            "block_size": plan.block_size,
-            "max_model_len": plan.max_model_len,
-            "max_sequences": plan.max_sequences,
-            "max_batched_tokens": plan.max_batched_tokens,
-            "scheduler_address": self._address("steps"),
-            "rank_lease_s": RANK_LEASE_S,
-            "num_threads": plan.num_threads,
-            "log_level": self._config.log_level,
-            "report_path": str(self._report(group, rank)),
-        }
+        return asdict(
+            RankSpec(
+                group_id=group.group_id,
+                term=group.term,
+                rank=rank,
+                tensor_parallel_size=plan.tensor_parallel_size,
+                model_path=str(plan.folder.path),
+                device=plan.device,
+                dtype=plan.dtype,
+                num_gpu_blocks=plan.num_gpu_blocks,
+                num_cpu_blocks=plan.num_cpu_blocks,
+                block_size=plan.block_size,
+                max_model_len=plan.max_model_len,
+                max_sequences=plan.max_sequences,
+                max_batched_tokens=plan.max_batched_tokens,
+                scheduler_address=self._address("steps"),
+                rank_lease_s=RANK_LEASE_S,
+                num_threads=plan.num_threads,
+                log_level=self._config.log_level,
+                report_path=str(self._report(group, rank)),
+            )
+        )
 
     async def _stop_ranks(self, group_id: str) -> None:
         actors = self._ranks.pop(group_id, [])
@@ -314,9 +327,9 @@ class _Controller:
                     self._spawn(self._link.send(encode(DetachGroup(group_id, group.term, group.detail))))
                     self._spawn(self._stop_ranks(group_id))
                 case DrainAtScheduler(group_id):
-                    self._spawn(self._link.send(encode(DrainGroup(group_id))))
+                    self._spawn(self._link.send(encode(DrainGroup(group_id, self._table.groups[group_id].term))))
         groups = self.groups()
-        if all(group.state is GroupState.STOPPED for group in groups):
+        if all(group.state is GroupState.STOPPED for group in groups) and any(group.has_failed for group in groups):
             self._finish("; ".join(f"group {group.group_id}: {group.detail}" for group in groups))
         self._spawn(self._notify())
 

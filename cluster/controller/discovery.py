@@ -1,4 +1,4 @@
-"""The controller's gRPC face: discovery for gateways, and the answers to quire.v1.ClusterService that gateways pass on."""
+"""quire.internal.v1.DiscoveryService: what gateways learn of models, groups and the scheduler."""
 
 import hashlib
 from collections.abc import AsyncIterator, Mapping
@@ -10,11 +10,10 @@ import grpc
 
 from quire.cluster.controller.groups import Group, GroupState
 from quire.common.config import ModelPlan
-from quire.common.errors import NotFound, QuireError
-from quire.common.messages import GroupStatus, PoolStatus, Status
+from quire.common.messages import Status
 from quire.common.model_folder import TOKENIZER_FILES
 from quire.internal.v1 import discovery_pb2, discovery_pb2_grpc
-from quire.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2
+from quire.v1 import cluster_pb2, inference_pb2
 
 # Well below gRPC's 4 MiB bound on a message.
 FILE_CHUNK_BYTES: Final = 1 << 20
@@ -79,9 +78,6 @@ def served_model(plan: ModelPlan, files: list[TokenizerFile], *, max_request_tok
             setattr(sampling, name, kind(folder.generation[name]))
     if folder.generation.get("do_sample") is False:
         sampling.temperature = 0.0
-    has_template = any(file.name == "chat_template.jinja" for file in files) or any(
-        file.name == "tokenizer_config.json" and '"chat_template"' in file.path.read_text() for file in files
-    )
     return discovery_pb2.ServedModel(
         model=inference_pb2.Model(
             name=plan.name,
@@ -89,7 +85,7 @@ def served_model(plan: ModelPlan, files: list[TokenizerFile], *, max_request_tok
             model_type=folder.model_type,
             max_model_len=plan.max_model_len,
             vocab_size=folder.vocab_size,
-            chat=has_template,
+            chat=folder.has_chat_template,
             default_sampling=sampling,
             eos_token_ids=folder.eos_token_ids,
             block_size=plan.block_size,
@@ -134,90 +130,3 @@ class Discovery(discovery_pb2_grpc.DiscoveryServiceServicer):
         with path.open("rb") as file:
             while chunk := file.read(FILE_CHUNK_BYTES):
                 yield discovery_pb2.FetchFileResponse(chunk=chunk)
-
-
-class ClusterAdmin(cluster_pb2_grpc.ClusterServiceServicer):
-    """quire.v1.ClusterService, from the controller's table and the scheduler's gauges."""
-
-    def __init__(self, controller: ControllerView) -> None:
-        self._controller = controller
-
-    async def ListGroups(self, request: cluster_pb2.ListGroupsRequest, context: Any) -> cluster_pb2.ListGroupsResponse:
-        gauges = {group.group_id: group for group in (await self._status(context)).groups}
-        return cluster_pb2.ListGroupsResponse(
-            groups=[self._group(group, gauges.get(group.group_id)) for group in self._controller.groups()]
-        )
-
-    async def GetQueue(self, request: cluster_pb2.GetQueueRequest, context: Any) -> cluster_pb2.GetQueueResponse:
-        queue = (await self._status(context)).queue
-        response = cluster_pb2.GetQueueResponse(
-            waiting_request_count=queue.num_waiting,
-            waiting_token_count=queue.num_waiting_tokens,
-            max_waiting_request_count=queue.max_waiting,
-            max_waiting_token_count=queue.max_waiting_tokens,
-            running_request_count=queue.num_running,
-        )
-        response.oldest_wait.FromNanoseconds(int(queue.oldest_wait_s * 1e9))
-        return response
-
-    async def GetBlocks(self, request: cluster_pb2.GetBlocksRequest, context: Any) -> cluster_pb2.GetBlocksResponse:
-        if request.HasField("group_id") and self._controller.group(request.group_id) is None:
-            await self._not_found(request.group_id, context)
-        status = await self._status(context)
-        return cluster_pb2.GetBlocksResponse(
-            groups=[
-                cluster_pb2.GroupBlocks(
-                    group_id=gauges.group_id,
-                    gpu_blocks=self._pool(gauges.group_id, gauges.gpu),
-                    cpu_blocks=self._pool(gauges.group_id, gauges.cpu),
-                    gpu_ref_counts=gauges.gpu_ref_counts,
-                )
-                for gauges in status.groups
-                if not request.HasField("group_id") or gauges.group_id == request.group_id
-            ]
-        )
-
-    async def DrainGroup(self, request: cluster_pb2.DrainGroupRequest, context: Any) -> cluster_pb2.DrainGroupResponse:
-        if self._controller.group(request.group_id) is None:
-            await self._not_found(request.group_id, context)
-        self._controller.drain(request.group_id)
-        group = self._controller.group(request.group_id)
-        assert group is not None
-        return cluster_pb2.DrainGroupResponse(group=group_message(group))
-
-    async def _status(self, context: Any) -> Status:
-        try:
-            return await self._controller.status()
-        except QuireError as error:
-            await context.abort(_GRPC_CODES[int(error.code)], error.message)
-            raise
-
-    async def _not_found(self, group_id: str, context: Any) -> None:
-        known = ", ".join(group.group_id for group in self._controller.groups())
-        await context.abort(_GRPC_CODES[int(NotFound.code)], f"there is no group {group_id}; there are: {known}")
-
-    def _group(self, group: Group, gauges: GroupStatus | None) -> cluster_pb2.Group:
-        message = group_message(group)
-        if gauges is not None and gauges.term == group.term:
-            message.running_sequence_count = gauges.num_running
-            message.preempted_request_count = gauges.num_preempted
-            message.step_count = gauges.step_count
-            message.gpu_blocks.CopyFrom(self._pool(group.group_id, gauges.gpu))
-            message.cpu_blocks.CopyFrom(self._pool(group.group_id, gauges.cpu))
-        return message
-
-    def _pool(self, group_id: str, pool: PoolStatus) -> cluster_pb2.BlockPoolState:
-        group = self._controller.group(group_id)
-        assert group is not None
-        return cluster_pb2.BlockPoolState(
-            total=pool.total,
-            free=pool.free,
-            cached=pool.cached,
-            held=pool.held,
-            shared=pool.shared,
-            block_size=self._controller.plan(group.model).block_size,
-            block_bytes=group.block_bytes,
-        )
-
-
-_GRPC_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}

@@ -18,7 +18,7 @@ EDGES: Final[Mapping[GroupState, frozenset[GroupState]]] = {
     GroupState.STARTING: frozenset(
         {
             GroupState.READY,  # all ranks said hello to the scheduler
-            GroupState.STOPPED,  # a rank could not load the model, or died, or took too long
+            GroupState.STOPPED,  # a rank could not load the model, or died; or an operator asked to drain it
         }
     ),
     GroupState.READY: frozenset(
@@ -55,6 +55,7 @@ class Group:
     term: int = 1  # of the scheduler's attachment; rises with each
     num_restarts: int = 0
     detail: str = ""
+    has_failed: bool = False  # it stopped because something broke, not because it was drained
     ranks: tuple[RankInfo, ...] = ()
     max_request_tokens: int = 0  # most tokens of one request, once it is ready
     block_bytes: int = 0  # one block on one rank
@@ -109,14 +110,15 @@ class GroupTable:
         group = self._current(group_id, term)
         if group is None or group.state is GroupState.STOPPED:
             return []
-        self._set(group, GroupState.STOPPED, detail=reason)
+        self._set(group, GroupState.STOPPED, detail=reason, has_failed=True)
         return [StopRanks(group_id)]
 
     def on_drain_asked(self, group_id: str) -> list[Action]:
         """An operator asked to drain the group. Asking again changes nothing; a group that is starting is not needed at all."""
         group = self.groups[group_id]
         if group.state is GroupState.STARTING:
-            return self.on_lost(group_id, group.term, "drained before it was ready")
+            self._set(group, GroupState.STOPPED, detail="drained before it was ready")
+            return [StopRanks(group_id)]
         if group.state is not GroupState.READY:
             return []
         self._set(group, GroupState.DRAINING, detail="an operator asked")

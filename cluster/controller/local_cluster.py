@@ -1,7 +1,6 @@
 """A whole cluster on this machine: a Ray of its own, the controller, and one gateway. What `quire serve` runs."""
 
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -10,17 +9,18 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Self
 
 import ray
 
 from quire.cluster.controller.controller import Controller, discovery_address
+from quire.cluster.controller.listen_address import check_listen_address
 from quire.cluster.controller.reaper import start_reaper
+from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.child_process import start_child, stop_child
 from quire.common.config import ModelPlan, ServeConfig
-from quire.common.errors import ConfigError, Unavailable
+from quire.common.errors import Unavailable
 
 # Ray's object store carries nothing of ours but actor arguments; this is the smallest size that Ray takes.
 OBJECT_STORE_BYTES: Final = 80 * 2**20
@@ -57,15 +57,14 @@ class LocalCluster:
     def __exit__(self, error: object, *_: object) -> None:
         self.stop(keep_logs=error is not None)
 
-    def start(self, is_cancelled: Callable[[], bool]) -> str:
-        """Start everything and wait until it serves; the gateway's address. "" when `is_cancelled` said so meanwhile.
+    def start(self, stop: StopSignals) -> str:
+        """Start everything and wait until it serves; the gateway's address. "" when a signal came meanwhile.
 
         Raises:
             QuireError: it cannot serve; the message says why and where the logs are.
         """
         deadline_s = time.monotonic() + self._config.start_timeout_s
-        host, port = split_address(self._config.listen)
-        check_listen_address(host, port, insecure=self._config.insecure)
+        check_listen_address(self._config.listen, insecure=self._config.insecure)
         # The gateway comes first and waits for the controller: its start costs nothing while Ray starts.
         report = self.folder / "gateway.json"
         self._gateway = start_child(
@@ -80,14 +79,19 @@ class LocalCluster:
             },
             log_path=self.folder / "logs" / "gateway.log",
         )
+        stop.install()
         self._start_ray()
+        stop.install()
         self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
-        ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
+        try:
+            ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            raise Unavailable(self._explain(f"the controller could not start: {error}")) from error
         self._over = self._controller.wait_over.remote()
         ready = self._controller.wait_ready.remote()
         is_ready = False
         while not (is_ready and report.exists()):
-            if is_cancelled():
+            if stop.is_set():
                 return ""
             if time.monotonic() > deadline_s:
                 raise Unavailable(f"the cluster was not ready within {self._config.start_timeout_s:g} s; its logs are in {self._logs()}")
@@ -104,13 +108,13 @@ class LocalCluster:
             raise Unavailable(self._explain(f"the gateway cannot start: {outcome['error']}"))
         return str(outcome["address"])
 
-    def run(self, is_cancelled: Callable[[], bool]) -> None:
-        """Wait until `is_cancelled` says so.
+    def run(self, stop: StopSignals) -> None:
+        """Wait for a signal.
 
         Raises:
             QuireError: a part died that the cluster cannot go on without.
         """
-        while not is_cancelled():
+        while not stop.is_set():
             self._raise_if_over()
 
     def stop(self, *, keep_logs: bool = False) -> None:
@@ -181,38 +185,3 @@ class LocalCluster:
 
     def _logs(self) -> Path:
         return self.folder / "logs"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """'127.0.0.1:50051' or '[::1]:50051' as host and port.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"listen is {address!r}; it takes HOST:PORT, such as 127.0.0.1:50051")
-    return host.strip("[]"), int(port)
-
-
-def check_listen_address(host: str, port: int, *, insecure: bool) -> None:
-    """Refuse an address that others reach without credentials, or that is taken, before anything starts.
-
-    Raises:
-        ConfigError: with what to do.
-    """
-    try:
-        family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"listen address {host!r} is not known on this machine: {error.strerror}") from None
-    if not ipaddress.ip_address(resolved[0]).is_loopback and not insecure:
-        raise ConfigError(
-            f"listen address {host} is reachable from other hosts and this server asks for no credentials; "
-            "listen on 127.0.0.1, or pass --insecure if the network is trusted"
-        )
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(resolved[:2])
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --listen") from None

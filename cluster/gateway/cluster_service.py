@@ -1,5 +1,6 @@
 """quire.v1.ClusterService: the controller answers, the gateway passes calls on."""
 
+import logging
 from collections.abc import Awaitable
 from typing import Any, Final, Protocol, TypeVar
 
@@ -7,10 +8,13 @@ import grpc
 from google.protobuf.message import Message
 
 from quire.cluster.gateway.call_gate import CallGate
-from quire.cluster.gateway.grpc_errors import DETAILS_KEY, Context, errors_as_status
+from quire.cluster.gateway.grpc_errors import Context, errors_as_status
+from quire.cluster.rich_status import DETAILS_KEY
 from quire.common.errors import Unavailable
 from quire.v1 import cluster_pb2
 from quire.v1.cluster_pb2_grpc import ClusterServiceServicer, ClusterServiceStub
+
+log = logging.getLogger("quire.gateway")
 
 # The controller answers from memory; a caller without a deadline waits no longer than this.
 MAX_TIMEOUT_S: Final = 30.0
@@ -49,9 +53,15 @@ class ClusterService(ClusterServiceServicer):
                 try:
                     response = await method(request, timeout=MAX_TIMEOUT_S if remaining_s is None else min(remaining_s, MAX_TIMEOUT_S))
                 except grpc.aio.AioRpcError as error:
-                    details = [(key, value) for key, value in error.trailing_metadata() or () if key == DETAILS_KEY]
-                    if not details and error.code() is grpc.StatusCode.UNAVAILABLE:
-                        text = "the controller cannot be reached; try again"
-                        raise Unavailable(text, reason="NO_CONTROLLER", retry_after_s=RETRY_AFTER_S) from None
-                    await context.abort(error.code(), error.details() or "", tuple(details))
+                    details = tuple((key, value) for key, value in error.trailing_metadata() or () if key == DETAILS_KEY)
+                    if not details:  # the controller gives them with each error, so gRPC itself made this one
+                        raise _no_answer(error.code()) from None
+                    await context.abort(error.code(), error.details() or "", details)
         return response
+
+
+def _no_answer(code: grpc.StatusCode) -> Unavailable:
+    """gRPC's own words stay here: they may quote what went wrong inside the controller."""
+    log.warning("the controller gave no answer: %s", code.name)
+    text = f"the controller cannot be reached ({code.name}); try again"
+    return Unavailable(text, reason="NO_CONTROLLER", metadata={"code": code.name}, retry_after_s=RETRY_AFTER_S)

@@ -92,7 +92,7 @@ class DiscoveryWatcher:
                     backoff_s = FIRST_BACKOFF_S
                 why = "the controller ended the watch"
             except grpc.aio.AioRpcError as error:
-                why = f"{error.code().name}: {error.details()}"
+                why = error.code().name  # without gRPC's words, which may quote what went wrong inside the controller
             except QuireError as error:
                 why = error.message
             log.warning("no news from the controller, next attempt in %.1f s: %s", backoff_s, why)

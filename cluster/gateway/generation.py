@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from quire.cluster.gateway.completion import Completion, Piece
-from quire.cluster.gateway.engine_link import EngineLink, EngineStream
+from quire.cluster.gateway.scheduler_link import SchedulerLink, SchedulerStream
 from quire.cluster.gateway.served_model import ServedModel
 from quire.cluster.gateway.stop_strings import StopStrings
 from quire.cluster.gateway.validation import ResolvedRequest
@@ -36,15 +36,16 @@ class End:
     decode_s: float
     preempted_s: float
     num_preemptions: int
+    cumulative_logprob: float | None  # of its tokens; None when nobody asked for it
 
 
 def make_submit(
-    request: ResolvedRequest, model: ServedModel, *, engine_id: str, block_size: int, time_left_s: float, age_s: float
+    request: ResolvedRequest, model: ServedModel, *, submit_id: str, block_size: int, time_left_s: float, age_s: float
 ) -> Submit:
-    """The request for the scheduler, under the gateway's own id. Hashes the whole prompt: call it from a worker thread."""
+    """The request for the scheduler, under the gateway's own id of it. Hashes the whole prompt: call it from a worker thread."""
     root = cache_root(model=model.name, adapter="", tenant_scope=LOCAL_TENANT, cache_salt=request.cache_salt)
     return Submit(
-        request_id=engine_id,
+        request_id=submit_id,
         attempt=FIRST_ATTEMPT,
         tenant=LOCAL_TENANT,
         priority=NORMAL_PRIORITY,
@@ -65,11 +66,21 @@ def make_submit(
 class Generation:
     """A request at the scheduler. Use it as a context manager: leaving it cancels what has not ended."""
 
-    def __init__(self, link: EngineLink, stream: EngineStream, request: ResolvedRequest, model: ServedModel, *, clock: Clock) -> None:
+    def __init__(
+        self,
+        link: SchedulerLink,
+        stream: SchedulerStream,
+        request: ResolvedRequest,
+        model: ServedModel,
+        *,
+        clock: Clock,
+        finish_timeout_s: float = FINISH_TIMEOUT_S,
+    ) -> None:
         self._link = link
         self._stream = stream
         self._request = request
         self._clock = clock
+        self._finish_timeout_s = finish_timeout_s
         self._completion = Completion(
             model.tokenizer.detokenizers.start(skip_special_tokens=request.skip_special_tokens),
             StopStrings(request.stop_strings, include=request.include_stop_string),
@@ -112,7 +123,7 @@ class Generation:
     async def _stopped_piece(self) -> Piece:
         """After a stop string: wait for the scheduler's account of the request, but not for long."""
         try:
-            async with asyncio.timeout(FINISH_TIMEOUT_S):
+            async with asyncio.timeout(self._finish_timeout_s):
                 await self._stream.wait_until_over()
         except TimeoutError:
             self._link.cancel(self._stream, reason="the end of the sequence was not confirmed")
@@ -146,4 +157,5 @@ class Generation:
             decode_s=spans.decode_s if spans is not None else 0.0,
             preempted_s=spans.preempted_s if spans is not None else 0.0,
             num_preemptions=finished.num_preemptions if finished is not None else 0,
+            cumulative_logprob=finished.cumulative_logprob if finished is not None else None,
         )

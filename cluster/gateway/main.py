@@ -1,7 +1,6 @@
 """The gateway process: `python -m quire.cluster.gateway.main`, started by common/child_process.start_child."""
 
 import asyncio
-import json
 import logging
 import os
 import random
@@ -14,14 +13,19 @@ from typing import Any, Final
 
 import grpc
 
-from quire.cluster.gateway.call_gate import CallGate
+from quire.cluster.gateway.call_gate import MAX_CALLS, CallGate
 from quire.cluster.gateway.cluster_service import ClusterService
 from quire.cluster.gateway.discovery import DiscoveryWatcher, RoutingTable
-from quire.cluster.gateway.engine_link import EngineLink
+from quire.cluster.gateway.error_place import place_of
+from quire.cluster.gateway.generation import FINISH_TIMEOUT_S
+from quire.cluster.gateway.scheduler_link import DEFAULT_BOUNDS as DEFAULT_LINK_BOUNDS
+from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink
 from quire.cluster.gateway.server import Server
-from quire.cluster.gateway.service import InferenceService
+from quire.cluster.gateway.service import WRITE_STALL_TIMEOUT_S, InferenceService
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.common.child_process import enter_child
+from quire.common.errors import QuireError
+from quire.common.files import write_json_atomically
 
 log = logging.getLogger("quire.gateway")
 
@@ -49,24 +53,39 @@ class GatewayConfig:
     log_level: str = "info"
 
 
+@dataclass(frozen=True, slots=True)
+class GatewayBounds:
+    """What a gateway takes and waits for at most; each is explained where it is used."""
+
+    max_calls: int = MAX_CALLS
+    write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S
+    finish_timeout_s: float = FINISH_TIMEOUT_S
+    link: LinkBounds = DEFAULT_LINK_BOUNDS
+
+
+DEFAULT_BOUNDS: Final = GatewayBounds()
+
+
 class Gateway:
     """All parts of a gateway, wired."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) -> None:
         self._config = config
         self._channel = grpc.aio.insecure_channel(config.discovery_address, options=_CHANNEL_OPTIONS)
         self._workers = TextWorkers()
-        self._gate = CallGate()
-        self._link = EngineLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._on_link_change)
-        self._watcher = DiscoveryWatcher(self._channel, self._workers, on_table=self._on_table, rng=random.Random())
+        self.gate = CallGate(max_calls=bounds.max_calls)
+        self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._on_link_change, bounds=bounds.link)
+        self.watcher = DiscoveryWatcher(self._channel, self._workers, on_table=self._on_table, rng=random.Random())
         self.inference = InferenceService(
-            table=lambda: self._watcher.table,
-            link=self._link,
+            table=lambda: self.watcher.table,
+            link=self.link,
             workers=self._workers,
-            gate=self._gate,
+            gate=self.gate,
             request_timeout_s=config.request_timeout_s,
+            write_stall_timeout_s=bounds.write_stall_timeout_s,
+            finish_timeout_s=bounds.finish_timeout_s,
         )
-        self._server = Server(self.inference, ClusterService(self._channel, gate=self._gate))
+        self._server = Server(self.inference, ClusterService(self._channel, gate=self.gate))
         self._health_tasks: set[asyncio.Task[None]] = set()
         self.is_ready = asyncio.Event()  # set once: a model is known and the scheduler said Welcome
 
@@ -80,26 +99,36 @@ class Gateway:
         return f"{self._config.listen.rpartition(':')[0]}:{port}"
 
     async def watch(self) -> None:
-        """Follow the controller for ever."""
-        await self._watcher.run()
+        """Follow the controller and keep the link to the scheduler, for ever.
+
+        Raises:
+            Exception: of the one of them that failed for good; the process should end.
+        """
+        loops = [asyncio.create_task(self.watcher.run()), asyncio.create_task(self.link.watch())]
+        try:
+            await asyncio.gather(*loops)
+        finally:
+            for task in loops:
+                task.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
 
     async def drain(self) -> None:
         """NOT_SERVING, nothing new, and what runs gets drain_timeout_s to finish."""
         await self._server.stop_serving()
-        log.info("draining %d calls for at most %g s", self._gate.num_calls, self._config.drain_timeout_s)
-        if not await self._gate.drain(timeout_s=self._config.drain_timeout_s):
-            log.warning("%d calls did not finish in time and are ended", self._gate.num_calls)
+        log.info("draining %d calls for at most %g s", self.gate.num_calls, self._config.drain_timeout_s)
+        if not await self.gate.drain(timeout_s=self._config.drain_timeout_s):
+            log.warning("%d calls did not finish in time and are ended", self.gate.num_calls)
 
     async def stop(self) -> None:
         """End what still runs and close every socket."""
         await self._server.stop(grace_s=STOP_GRACE_S)
-        await self._link.close()
+        await self.link.close()
         await self._channel.close()
         self._workers.close()
 
     async def _on_table(self, table: RoutingTable) -> None:
         if table.scheduler_address:
-            await self._link.connect(table.scheduler_address)
+            await self.link.connect(table.scheduler_address)
         await self._update_health()
 
     def _on_link_change(self) -> None:
@@ -108,11 +137,11 @@ class Gateway:
         task.add_done_callback(self._health_tasks.discard)
 
     async def _update_health(self) -> None:
-        table = self._watcher.table
-        if table.models and self._link.is_up:
+        table = self.watcher.table
+        if table.models and self.link.is_up:
             self.is_ready.set()
-        if not self._gate.is_draining:
-            await self._server.set_serving(bool(table.ready_models) and self._link.is_up)
+        if not self.gate.is_draining:
+            await self._server.set_serving(bool(table.ready_models) and self.link.is_up)
 
 
 async def run(config: GatewayConfig) -> int:
@@ -125,7 +154,7 @@ async def run(config: GatewayConfig) -> int:
     try:
         address = await gateway.start()
     except (RuntimeError, OSError) as error:
-        _write_report(report, {"error": f"{config.listen} cannot be bound: {error}"})
+        write_json_atomically(report, {"error": f"{config.listen} cannot be bound: {error}"})
         await gateway.stop()
         return 1
     log.info("pid %d listens on %s", os.getpid(), address)
@@ -133,28 +162,24 @@ async def run(config: GatewayConfig) -> int:
     stopped, ready = asyncio.create_task(stop.wait()), asyncio.create_task(gateway.is_ready.wait())
     await asyncio.wait((watch, stopped, ready), return_when=asyncio.FIRST_COMPLETED)
     if ready.done():
-        _write_report(report, {"address": address})
+        write_json_atomically(report, {"address": address})
         await asyncio.wait((watch, stopped), return_when=asyncio.FIRST_COMPLETED)
     exit_code = 0
     if not watch.done():
         await gateway.drain()  # news of the cluster still count: what drains is at the scheduler
     else:
-        log.error("the watch of the controller ended: %r", watch.exception())
+        error = watch.exception()
+        assert error is not None, "it watches for ever"
+        text = f"the gateway cannot go on: {error.message if isinstance(error, QuireError) else place_of(error)}"
+        log.error("%s", text)
         if not ready.done():
-            _write_report(report, {"error": f"the watch of the controller ended: {watch.exception()!r}"})
+            write_json_atomically(report, {"error": text})
         exit_code = 1
     for task in (watch, stopped, ready):
         task.cancel()
     await asyncio.gather(watch, stopped, ready, return_exceptions=True)
     await gateway.stop()
     return exit_code
-
-
-def _write_report(path: Path, content: dict[str, str]) -> None:
-    """All of it or nothing: whoever waits for the file never reads half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content))
-    partial.replace(path)
 
 
 def main(spec: dict[str, Any]) -> int:

@@ -13,10 +13,10 @@ import grpc
 from quire.cluster.gateway.call_gate import CallGate
 from quire.cluster.gateway.completion import Piece
 from quire.cluster.gateway.discovery import RoutingTable
-from quire.cluster.gateway.engine_link import EngineLink
-from quire.cluster.gateway.generation import End, Generation, make_submit
-from quire.cluster.gateway.grpc_errors import Context, duration_of, errors_as_status
+from quire.cluster.gateway.generation import FINISH_TIMEOUT_S, End, Generation, make_submit
+from quire.cluster.gateway.grpc_errors import Context, errors_as_status
 from quire.cluster.gateway.request_fields import refuse_unsupported
+from quire.cluster.gateway.scheduler_link import SchedulerLink
 from quire.cluster.gateway.served_model import ServedModel
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.cluster.gateway.validation import (
@@ -31,6 +31,7 @@ from quire.cluster.gateway.validation import (
     resolve,
     text_prompt,
 )
+from quire.cluster.rich_status import duration_of
 from quire.common.clock import Clock, monotonic
 from quire.common.errors import Cancelled, DeadlineExceeded, InvalidRequest
 from quire.common.messages import EndReason, Submit
@@ -52,11 +53,12 @@ class InferenceService(InferenceServiceServicer):
         self,
         *,
         table: Callable[[], RoutingTable],
-        link: EngineLink,
+        link: SchedulerLink,
         workers: TextWorkers,
         gate: CallGate,
         request_timeout_s: float,
         write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S,
+        finish_timeout_s: float = FINISH_TIMEOUT_S,
         clock: Clock = monotonic,
     ) -> None:
         self._table = table
@@ -65,6 +67,7 @@ class InferenceService(InferenceServiceServicer):
         self._gate = gate
         self._request_timeout_s = request_timeout_s
         self._write_stall_timeout_s = write_stall_timeout_s
+        self._finish_timeout_s = finish_timeout_s
         self._clock = clock
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> inference_pb2.GenerateResponse:
@@ -140,7 +143,8 @@ class InferenceService(InferenceServiceServicer):
         checked = check_fields(request, model)
         with self._gate.hold_request_id(checked.request_id):
             resolved, submit = await self._workers.run(self._prepare, checked, model, call)
-            with Generation(self._link, self._link.submit(submit), resolved, model, clock=self._clock) as generation:
+            stream = self._link.submit(submit)
+            with Generation(self._link, stream, resolved, model, clock=self._clock, finish_timeout_s=self._finish_timeout_s) as generation:
                 running = _Running(call, resolved, model, generation)
                 try:
                     yield running
@@ -154,7 +158,7 @@ class InferenceService(InferenceServiceServicer):
         resolved = resolve(
             checked,
             token_ids,
-            limit=length_limit(model, engine_max_request_tokens=limits.max_request_tokens if limits else 0),
+            limit=length_limit(model, scheduler_max_request_tokens=limits.max_request_tokens if limits else 0),
             vocab_size=model.vocab_size,
             drawn_seed=secrets.randbits(64),
         )
@@ -162,7 +166,7 @@ class InferenceService(InferenceServiceServicer):
         submit = make_submit(
             resolved,
             model,
-            engine_id=uuid.uuid4().hex,
+            submit_id=uuid.uuid4().hex,
             block_size=limits.block_size if limits else model.public.block_size,
             time_left_s=call.time_left_s - age_s,
             age_s=age_s,
@@ -218,6 +222,8 @@ class _Running:
         if end is not None:
             response.finish_reason = _FINISH_REASONS[end.reason]
             _set_stop_cause(response, end)
+            if end.cumulative_logprob is not None:
+                response.cumulative_logprob = end.cumulative_logprob
             response.usage.CopyFrom(_usage(end))
             response.timings.CopyFrom(self._timings(end, now_s=now_s))
             response.seed = self.request.sampling.seed
@@ -232,6 +238,7 @@ class _Running:
             text="".join(piece.text for piece in pieces),
             token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
             finish_reason=_FINISH_REASONS[end.reason],
+            cumulative_logprob=end.cumulative_logprob,
         )
         _set_stop_cause(completion, end)
         return inference_pb2.GenerateResponse(

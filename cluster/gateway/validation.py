@@ -88,9 +88,9 @@ class LengthLimit:
     name: str
 
 
-def length_limit(model: ServedModel, *, engine_max_request_tokens: int) -> LengthLimit:
+def length_limit(model: ServedModel, *, scheduler_max_request_tokens: int) -> LengthLimit:
     """The smallest of what the model, discovery and the scheduler allow; 0 means that one of them does not know."""
-    pools = [tokens for tokens in (model.max_request_tokens, engine_max_request_tokens) if tokens > 0]
+    pools = [tokens for tokens in (model.max_request_tokens, scheduler_max_request_tokens) if tokens > 0]
     if pools and min(pools) < model.max_model_len:
         return LengthLimit(min(pools), "max_request_tokens, by the KV blocks of one group")
     return LengthLimit(model.max_model_len, "max_model_len")
@@ -264,7 +264,9 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     if not 1 <= len(message.role) <= MAX_ROLE_CHARS:
         text = f"a role has {len(message.role)} characters; it takes 1 to {MAX_ROLE_CHARS}"
         raise InvalidRequest(text, field="chat.messages.role")
-    entry: dict[str, Any] = {"role": message.role, "content": message.content}
+    # Without content: None where the turn calls tools, as transformers' users write it, and templates test for; else "".
+    has_content = message.HasField("content") or not message.tool_calls_json
+    entry: dict[str, Any] = {"role": message.role, "content": message.content if has_content else None}
     if message.HasField("name"):
         entry["name"] = message.name
     if message.HasField("tool_call_id"):

@@ -37,6 +37,8 @@ def test_bytes_are_read_with_their_unit(text: Any, expected: int) -> None:
         ({"gpu_blocks": "0"}, "gpu_blocks is 0; it must be at least 1"),
         ({"gpu_blocks": "9", "kv_cache_memory": "1Gi"}, "gpu_blocks 9 and kv_cache_memory 1073741824 say the same thing twice"),
         ({"kv_cache_memory": "1k"}, "kv_cache_memory 1000 holds no block; one takes 131072 bytes"),
+        ({"swap_memory": "inf"}, "--swap-memory: swap_memory is 'inf'; it takes bytes"),
+        ({"swap_memory": "1e999"}, "--swap-memory: swap_memory is '1e999'; it takes bytes"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: kv_cache_memory is 'lots'; it takes bytes, such as 2Gi or 500M"),
         ({"max_sequences": "x"}, "--max-sequences: max_sequences is 'x'; it takes a whole number"),
         ({"device": "tpu"}, "--device: device is 'tpu'; it takes auto, cpu, cuda"),
@@ -105,7 +107,18 @@ def test_a_folder_that_lacks_a_file_is_refused_with_what_to_do(tmp_path: Path, m
         read_model_folder(folder)
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": None}, {"num_hidden_layers": None}, {"num_attention_heads": 0}, {"hidden_size": -4}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": None},
+        {"num_hidden_layers": None},
+        {"num_attention_heads": 0},
+        {"hidden_size": -4},
+        {"vocab_size": "many"},
+        {"num_key_value_heads": 2.5},
+        {"head_dim": [1]},
+    ],
+)
 def test_a_config_that_lies_about_sizes_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = tmp_path / "model"
     shutil.copytree(plan_model(ModelConfig()).folder.path, folder)
@@ -117,3 +130,28 @@ def test_a_config_that_lies_about_sizes_is_refused(tmp_path: Path, change: dict[
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(QuireError, match=r"config\.json (says|does not say)"):
         read_model_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"top_k": "x"}, "says top_k = 'x'"),
+        ({"temperature": []}, "says temperature = \\[\\]"),
+        ({"eos_token_id": -1}, "says eos_token_id = -1"),
+    ],
+)
+def test_a_generation_config_that_is_no_number_is_refused(tmp_path: Path, generation: dict[str, Any], message: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(plan_model(ModelConfig()).folder.path, folder)
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(ConfigError, match=message):
+        read_model_folder(folder)
+
+
+def test_a_generation_config_is_read_without_what_it_leaves_open(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(plan_model(ModelConfig()).folder.path, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": -1, "top_p": None, "eos_token_id": [0, 5]}))
+    model = read_model_folder(folder)
+    assert dict(model.generation) == {"top_k": 0, "eos_token_id": [0, 5]}
+    assert model.eos_token_ids == (0, 5)

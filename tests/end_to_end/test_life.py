@@ -1,6 +1,7 @@
 """How a cluster ends: in order, by a signal, or because a part of it died; nothing of it is left in any case."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,10 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from serving import ServeProcess
+from serving import ServeProcess, tagged_processes, wait_for
 
 from quire.client import Client
-from quire.common.errors import QuireError
+from quire.common.errors import NotFound, QuireError, Unavailable
 
 GONE_TIMEOUT_S = 20.0
 
@@ -59,12 +60,51 @@ def test_the_death_of_a_part_ends_the_cluster_and_is_named(tmp_path: Path, modul
             stream = client.stream("Once upon a time", max_tokens=2000, ignore_eos=True)
             next(iter(stream))
             os.kill(serve.process_of(module), signal.SIGKILL)
-            with pytest.raises(QuireError):
+            with pytest.raises(QuireError) as caught:
                 list(stream)
+            assert "code -9" not in caught.value.message, "clients are not told of our insides"
+            assert "/tmp" not in caught.value.message
         assert serve.wait_end() == 1, serve.output
         assert "code -9" in serve.output
         assert "logs: " in serve.output
         serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
+
+
+def test_a_signal_before_it_is_ready_ends_it_in_order(tmp_path: Path) -> None:
+    with ServeProcess(tmp_path) as serve:
+        wait_for(lambda: any("gcs_server" in command for command in serve.processes().values()), timeout_s=60)
+        serve.process.send_signal(signal.SIGTERM)
+        assert serve.wait_end() == 0, serve.output
+        serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
+        assert "stopping" in serve.output
+
+
+def test_a_drained_group_finishes_its_streams_and_the_edge_stays_and_says_so(tmp_path: Path) -> None:
+    with ServeProcess(tmp_path) as serve, Client(serve.wait_ready(), max_retries=0) as client:
+        assert client.health() == "SERVING"
+        (group,) = client.cluster.groups()
+        stream = client.stream("Once upon a time", max_tokens=200, ignore_eos=True, seed=1)
+        first = next(iter(stream))
+        assert client.cluster.drain(group.group_id).state == "DRAINING"
+        with pytest.raises(Unavailable, match="no worker group"):
+            client.generate("Once upon a time", max_tokens=1)
+        deltas = [first, *stream]
+        assert sum(len(delta.token_ids) for delta in deltas) == 200
+        wait_for(lambda: client.cluster.groups()[0].state == "STOPPED", timeout_s=30)
+        assert client.health() == "NOT_SERVING"
+        assert serve.process.poll() is None
+        with pytest.raises(NotFound, match="there is no group 'nobody'; there are: quire-tales-0"):
+            client.cluster.drain("nobody")
+
+
+def test_the_demo_runs_and_leaves_nothing(tmp_path: Path) -> None:
+    tag = {"QUIRE_TEST_TAG": str(tmp_path)}
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "demo"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **tag}, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "afterwards none" in result.stdout
+    assert len([line for line in result.stdout.splitlines() if re.match(r" +\d +\d+ +[\d.]+ +\d+ +96 ", line)]) == 8
+    wait_for(lambda: not tagged_processes("QUIRE_TEST_TAG", str(tmp_path)), timeout_s=GONE_TIMEOUT_S)
 
 
 @pytest.mark.parametrize(

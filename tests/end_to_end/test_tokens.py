@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from serving import generate_reference
+from serving import generate_reference, wait_for
 from tokenizers import Tokenizer
 
 from quire.client import AsyncClient, Client
@@ -125,10 +125,10 @@ def test_a_cancelled_stream_gives_its_blocks_back(tiny: str) -> None:
             next(iter(stream))
             assert client.cluster.groups()[0].gpu_blocks.num_held > 0
             stream.cancel()
-        for _ in range(100):
-            if client.cluster.groups()[0].gpu_blocks.num_held == 0:
-                return
-        raise AssertionError(f"blocks are still held: {client.cluster.groups()[0].gpu_blocks}")
+        wait_for(lambda: client.cluster.groups()[0].gpu_blocks.num_held == 0, timeout_s=10)
+        (blocks,) = client.cluster.blocks()
+        assert set(blocks.gpu_ref_counts) == {0}
+        assert client.cluster.queue().num_waiting_requests == 0
 
 
 @pytest.mark.parametrize("transport", ["generate", "stream"])

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -74,13 +74,7 @@ class ServeProcess:
 
     def processes(self) -> dict[int, str]:
         """Everything alive that was started by it, at any remove: process id and command line."""
-        found: dict[int, str] = {}
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                pid = int(folder.name)
-                if f"{_TAG}={self.tag}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found[pid] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        return found
+        return tagged_processes(_TAG, self.tag)
 
     def process_of(self, module: str) -> int:
         """The process id of the one process that runs this module."""
@@ -89,10 +83,26 @@ class ServeProcess:
 
     def wait_gone(self, *, timeout_s: float) -> None:
         """Wait until nothing of it is left."""
-        deadline_s = time.monotonic() + timeout_s
-        while left := self.processes():
-            assert time.monotonic() < deadline_s, f"still there after {timeout_s:g} s: {left}"
-            time.sleep(POLL_S)
+        wait_for(lambda: not self.processes(), timeout_s=timeout_s)
+
+
+def tagged_processes(name: str, value: str) -> dict[int, str]:
+    """The processes that started with this environment variable: process id and command line."""
+    found: dict[int, str] = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(folder.name)
+            if f"{name}={value}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[pid] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float) -> None:
+    """Look until a condition holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"it did not come true within {timeout_s:g} s"
+        time.sleep(POLL_S)
 
 
 def generate_reference(folder: Path, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> list[list[int]]:

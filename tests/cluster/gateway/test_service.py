@@ -15,7 +15,7 @@ from google.rpc import status_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tokenizers import Tokenizer
 
-from quire.cluster.gateway import engine_link, generation
+from quire.cluster.gateway import generation, scheduler_link
 from quire.common.errors import StatusCode
 from quire.common.hashing import cache_root, hash_full_blocks
 from quire.common.messages import Accepted, Cancel, Finish, Hello, ModelLimits, Submit
@@ -420,7 +420,7 @@ async def test_a_lost_scheduler_fails_its_requests_and_a_new_one_is_used(running
     await running.scheduler.__aexit__()
     error = await refusal(call)
     info, _, delay_s = details_of(error)
-    assert (error.code(), info.reason, delay_s) == (grpc.StatusCode.UNAVAILABLE, "SCHEDULER_LOST", engine_link.RETRY_AFTER_S)
+    assert (error.code(), info.reason, delay_s) == (grpc.StatusCode.UNAVAILABLE, "SCHEDULER_LOST", scheduler_link.RETRY_AFTER_S)
     await running.wait_for_health("NOT_SERVING")
     error = await refusal(running.inference.Generate(GenerateRequest(text="x")))
     assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.UNAVAILABLE, "NO_SCHEDULER")
@@ -459,7 +459,7 @@ async def test_a_scheduler_of_another_version_is_not_used(running: Running) -> N
 
 
 async def test_a_scheduler_that_does_not_answer_is_not_waited_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_link, "ACCEPT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(scheduler_link, "ACCEPT_TIMEOUT_S", 0.1)
     running.scheduler.on_submit = lambda *_: None
     error = await refusal(running.inference.Generate(GenerateRequest(text="x")))
     assert details_of(error)[0].reason == "SCHEDULER_SILENT"

@@ -141,7 +141,7 @@ def test_a_value_that_changes_nothing_is_taken(model: ServedModel, fields: dict[
         ({"sampling": SamplingParams(logit_bias={3: 1.0})}, "sampling.logit_bias"),
         ({"output": OutputParams(logprobs=0)}, "output.logprobs"),
         ({"beam_search": inference_pb2.BeamSearchParams()}, "beam_search"),
-        ({"beam_search": inference_pb2.BeamSearchParams(num_beams=2)}, "beam_search.num_beams"),
+        ({"beam_search": inference_pb2.BeamSearchParams(beam_count=2)}, "beam_search.beam_count"),
         ({"structured_output": inference_pb2.StructuredOutput(regex="a")}, "structured_output.regex"),
     ],
 )
@@ -235,10 +235,10 @@ def test_prompt_ids_are_held_against_the_models_width(model: ServedModel) -> Non
 
 
 @pytest.mark.parametrize(
-    ("discovered", "engine", "expected"), [(2048, 0, 2048), (0, 0, 2048), (500, 0, 500), (500, 400, 400), (0, 300, 300), (9999, 9999, 2048)]
+    ("discovered", "scheduler", "expected"), [(2048, 0, 2048), (0, 0, 2048), (500, 0, 500), (500, 400, 400), (0, 300, 300), (9999, 9999, 2048)]
 )
-def test_the_smallest_limit_counts(discovered: int, engine: int, expected: int) -> None:
-    limit = length_limit(served(max_request_tokens=discovered), engine_max_request_tokens=engine)
+def test_the_smallest_limit_counts(discovered: int, scheduler: int, expected: int) -> None:
+    limit = length_limit(served(max_request_tokens=discovered), scheduler_max_request_tokens=scheduler)
     assert limit.num_tokens == expected
     assert limit.name.startswith("max_model_len" if expected == 2048 else "max_request_tokens")
 

@@ -3,19 +3,19 @@
 import asyncio
 import contextlib
 import logging
-import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from quire.cluster.gateway.error_place import place_of
 from quire.cluster.gateway.request_stream import RequestStream
-from quire.common.errors import Overloaded, QuireError, Unavailable, error_from_code
+from quire.common.errors import InternalError, Overloaded, QuireError, Unavailable, error_from_code
 from quire.common.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -25,6 +25,7 @@ from quire.common.messages import (
     Finished,
     Hello,
     ModelLimits,
+    PromptLogprobs,
     Rejected,
     SessionDown,
     SessionUp,
@@ -41,17 +42,14 @@ log = logging.getLogger("quire.gateway")
 # scheduler reads at once or is gone.
 SEND_QUEUE_MESSAGES: Final = 10_000
 RECEIVE_QUEUE_MESSAGES: Final = 10_000
-# Messages that may wait for ZeroMQ to take them; a Submit beyond is refused. Cancel and Finish always go, at most two per request.
-MAX_OUTBOX_MESSAGES: Final = 10_000
 # Messages handled before other work gets its turn on the loop.
 MAX_MESSAGES_PER_TURN: Final = 64
-# A scheduler that is stopped or cut off answers no heartbeat; then the link counts as broken. Longer than its longest pause.
+# A scheduler whose process is stopped or whose machine is cut off answers no heartbeat; then the link counts as broken. One
+# that merely computes, or hangs, still answers: ZeroMQ's I/O thread does that. Such a one is noticed by accept_timeout_s.
 HEARTBEAT_INTERVAL_MS: Final = 2_000
 HEARTBEAT_TIMEOUT_MS: Final = 8_000
 # A Hello without Welcome is said again after this.
 WELCOME_TIMEOUT_S: Final = 5.0
-# A Submit is accepted or rejected at once unless the scheduler hangs.
-ACCEPT_TIMEOUT_S: Final = 20.0
 # Pause of ZeroMQ between attempts to connect: first, and longest.
 RECONNECT_MS: Final = 100
 MAX_RECONNECT_MS: Final = 2_000
@@ -59,14 +57,32 @@ MAX_RECONNECT_MS: Final = 2_000
 RETRY_AFTER_S: Final = 2.0
 # How long the last messages of a gateway that stops may take to leave.
 LINGER_MS: Final = 200
-# Undecodable messages in a row after which the link is given up: then the versions differ in more than their numbers.
-MAX_BAD_MESSAGES: Final = 100
 
 _LOST: Final = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | _LOST
 
 
-class EngineStream(RequestStream):
+@dataclass(frozen=True, slots=True)
+class LinkBounds:
+    """The bounds of a link."""
+
+    # Messages that may wait for ZeroMQ to take them; a Submit beyond is refused. Cancel and Finish always go, at most two per request.
+    max_outbox_messages: int = 10_000
+    # A Submit is accepted or rejected at once unless the scheduler hangs.
+    accept_timeout_s: float = 20.0
+    # Undecodable messages in a row after which the link is given up: then the versions differ in more than their numbers.
+    max_bad_messages: int = 100
+    # Failures of the link's own loops, which are bugs: the link is opened anew after each, later each time, until there were
+    # more than max_failures of them within failure_window_s. Then the process should end.
+    max_failures: int = 5
+    failure_window_s: float = 60.0
+    first_backoff_s: float = 0.1  # doubled with each failure in the window
+
+
+DEFAULT_BOUNDS: Final = LinkBounds()
+
+
+class SchedulerStream(RequestStream):
     """A RequestStream whose reader can wait for news."""
 
     __slots__ = ("_accept_timer", "_news")
@@ -103,23 +119,36 @@ class EngineStream(RequestStream):
             self._accept_timer = None
 
 
-class EngineLink:
+class SchedulerLink:
     """Gives requests to the scheduler and its answers to their streams.
 
     A broken link fails every request on it: the scheduler cancels them when it notices, or is gone.
     """
 
-    def __init__(self, *, gateway_id: str, on_change: Callable[[], None] = lambda: None) -> None:
+    # Invariant: while _address is set, either the loops in _tasks run, or _reopening does, or has_failed is set.
+
+    def __init__(
+        self,
+        *,
+        gateway_id: str,
+        on_change: Callable[[], None] = lambda: None,
+        bounds: LinkBounds = DEFAULT_BOUNDS,
+        context: zmq.asyncio.Context | None = None,
+    ) -> None:
         self._gateway_id = gateway_id
         self._on_change = on_change  # called after each change of is_up
-        self._context = zmq.asyncio.Context()
+        self._bounds = bounds
+        self._context = context or zmq.asyncio.Context()
         self._address: str | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._reopening: asyncio.Task[None] | None = None
+        self._failure_times_s: deque[float] = deque()  # within the window
+        self._has_failed = asyncio.Event()
         self._outbox: deque[SessionDown] = deque()
         self._has_outbox = asyncio.Event()
-        self._by_id: dict[str, EngineStream] = {}  # not over, by the gateway's request id
-        self._by_handle: dict[int, EngineStream] = {}  # those of them that were accepted
+        self._by_id: dict[str, SchedulerStream] = {}  # not over, by the gateway's request id
+        self._by_handle: dict[int, SchedulerStream] = {}  # those of them that were accepted
         self._limits: Mapping[str, ModelLimits] = MappingProxyType({})
         self._num_bad_messages = 0
         self._hello_timer: asyncio.TimerHandle | None = None
@@ -134,33 +163,36 @@ class EngineLink:
         """What the scheduler said of a model; None if it does not know it."""
         return self._limits.get(model)
 
+    @property
+    def num_requests(self) -> int:
+        """Those in flight: submitted and not over."""
+        return len(self._by_id)
+
+    async def watch(self) -> None:
+        """Wait for ever, as long as the link works or can be opened anew.
+
+        Raises:
+            InternalError: its own loops failed too often.
+        """
+        await self._has_failed.wait()
+        text = f"the link to the scheduler failed {len(self._failure_times_s)} times within {self._bounds.failure_window_s:g} s"
+        raise InternalError(text, reason="LINK_FAILED")
+
     async def connect(self, address: str) -> None:
         """Use the scheduler at this address from now on; nothing happens if it is the one in use."""
         if address == self._address:
             return
+        await self._stop_reopening()
         await self._disconnect(f"the scheduler moved to {address}")
         self._address = address
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, self._gateway_id.encode())
-        socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
-        socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE_MESSAGES)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        self._socket = socket
-        monitor = socket.get_monitor_socket(_EVENTS)
-        loops: tuple[Coroutine[Any, Any, None], ...] = (self._watch(monitor), self._send(socket), self._receive(socket))
-        self._tasks = [asyncio.create_task(loop) for loop in loops]
-        socket.connect(address)
+        self._open(address)
 
     async def close(self) -> None:
         """Cancel what is in flight and let the messages for that leave, for a moment."""
+        await self._stop_reopening()
         for stream in list(self._by_id.values()):
             self.cancel(stream, reason="gateway stops")
-        for task in self._tasks:
-            task.cancel()
+        await self._stop_loops()
         if self._socket is not None and self.is_up:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_MS / 1000):
@@ -169,7 +201,7 @@ class EngineLink:
         await self._disconnect("the gateway stops", linger_ms=LINGER_MS)
         self._context.destroy(linger=LINGER_MS)
 
-    def submit(self, message: Submit) -> EngineStream:
+    def submit(self, message: Submit) -> SchedulerStream:
         """Give a request to the scheduler.
 
         Raises:
@@ -178,29 +210,79 @@ class EngineLink:
         """
         if not self.is_up:
             raise Unavailable("the scheduler cannot be reached; try again", reason="NO_SCHEDULER", retry_after_s=RETRY_AFTER_S)
-        if len(self._outbox) >= MAX_OUTBOX_MESSAGES:
+        if len(self._outbox) >= self._bounds.max_outbox_messages:
             raise Overloaded(
                 f"{len(self._outbox)} messages wait to reach the scheduler; try again", reason="LINK_FULL", retry_after_s=RETRY_AFTER_S
             )
-        stream = EngineStream(request_id=message.request_id, attempt=message.attempt, max_tokens=message.max_tokens)
+        stream = SchedulerStream(request_id=message.request_id, attempt=message.attempt, max_tokens=message.max_tokens)
         self._by_id[stream.request_id] = stream
         loop = asyncio.get_running_loop()
-        stream.expect_answer(loop.call_later(ACCEPT_TIMEOUT_S, self._no_answer, stream))
+        stream.expect_answer(loop.call_later(self._bounds.accept_timeout_s, self._no_answer, stream))
         self._put(message)
         return stream
 
-    def finish(self, stream: EngineStream, *, kept_tokens: int) -> None:
+    def finish(self, stream: SchedulerStream, *, kept_tokens: int) -> None:
         """Tell the scheduler that the sequence ended after its first kept_tokens tokens. Its Finished still comes."""
         if not stream.is_over:
             self._put(Finish(stream.request_id, stream.attempt, 0, kept_tokens))
 
-    def cancel(self, stream: EngineStream, *, reason: str) -> None:
+    def cancel(self, stream: SchedulerStream, *, reason: str) -> None:
         """End a request that nobody waits for any more; nothing happens if it is over."""
         if not stream.is_over:
             self._put(Cancel(stream.request_id, stream.attempt, None, reason))
             self._end(stream, Unavailable(f"the request was cancelled: {reason}", reason="CANCELLED"))
 
     # -- the socket ---------------------------------------------------------------------------------------------------
+
+    def _open(self, address: str) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        self._socket = socket
+        socket.setsockopt(zmq.IDENTITY, self._gateway_id.encode())
+        socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
+        socket.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE_MESSAGES)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        monitor = socket.get_monitor_socket(_EVENTS)
+        loops: tuple[Coroutine[Any, Any, None], ...] = (self._watch(monitor), self._send(socket), self._receive(socket))
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+        for task in self._tasks:
+            task.add_done_callback(self._on_loop_end)
+        socket.connect(address)
+
+    def _on_loop_end(self, task: asyncio.Task[None]) -> None:
+        """A loop ends by being cancelled, or by a bug: then the link is opened anew, a bounded number of times."""
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        log.error("the link to the scheduler failed: %s", place_of(error))
+        self._lose("one of its loops failed")
+        now_s = asyncio.get_running_loop().time()
+        times_s = self._failure_times_s
+        times_s.append(now_s)
+        while times_s[0] < now_s - self._bounds.failure_window_s:
+            times_s.popleft()
+        if len(times_s) > self._bounds.max_failures:
+            self._has_failed.set()
+        elif self._reopening is None or self._reopening is task:
+            backoff_s = self._bounds.first_backoff_s * 2 ** (len(times_s) - 1)
+            self._reopening = asyncio.create_task(self._reopen(backoff_s))
+            self._reopening.add_done_callback(self._on_loop_end)
+
+    async def _reopen(self, backoff_s: float) -> None:
+        await self._disconnect("it is opened anew")
+        await asyncio.sleep(backoff_s)
+        assert self._address is not None, "loops run only after connect"
+        self._reopening = None
+        self._open(self._address)
+
+    async def _stop_reopening(self) -> None:
+        if self._reopening is not None:
+            self._reopening.cancel()
+            await asyncio.gather(self._reopening, return_exceptions=True)
+            self._reopening = None
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
         """Say Hello on each new connection, and notice when it breaks."""
@@ -245,11 +327,14 @@ class EngineLink:
         self._outbox.append(message)
         self._has_outbox.set()
 
-    async def _disconnect(self, why: str, *, linger_ms: int = 0) -> None:
+    async def _stop_loops(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+
+    async def _disconnect(self, why: str, *, linger_ms: int = 0) -> None:
+        await self._stop_loops()
         self._stop_hello()
         self._lose(why)
         if self._socket is not None:
@@ -266,11 +351,10 @@ class EngineLink:
             self._num_bad_messages = 0
         except Exception as error:
             self._num_bad_messages += 1
-            where = "" if isinstance(error, msgspec.DecodeError) else "\n" + "".join(traceback.format_tb(error.__traceback__))
-            log.error("a message of the scheduler cannot be used: %s%s", type(error).__name__, where)
-            if self._num_bad_messages >= MAX_BAD_MESSAGES:
+            log.error("a message of the scheduler cannot be used: %s", place_of(error))
+            if self._num_bad_messages >= self._bounds.max_bad_messages:
                 self._num_bad_messages = 0
-                self._lose(f"{MAX_BAD_MESSAGES} messages in a row could not be used")
+                self._lose(f"{self._bounds.max_bad_messages} messages in a row could not be used")
                 self._say_hello()
 
     def _handle(self, message: SessionUp) -> None:
@@ -298,6 +382,8 @@ class EngineLink:
                 stream = self._by_handle.get(message.handle)
                 if stream is not None:
                     self._end(stream, _error_of(message))
+            case PromptLogprobs():
+                pass  # no request asks for them yet
 
     def _on_tokens(self, message: Tokens) -> None:
         position = 0
@@ -340,16 +426,16 @@ class EngineLink:
         if was_up:
             self._on_change()
 
-    def _no_answer(self, stream: EngineStream) -> None:
+    def _no_answer(self, stream: SchedulerStream) -> None:
         self._put(Cancel(stream.request_id, stream.attempt, None, "not answered in time"))
-        text = f"the scheduler did not answer within {ACCEPT_TIMEOUT_S:g} s; try again"
+        text = f"the scheduler did not answer within {self._bounds.accept_timeout_s:g} s; try again"
         self._end(stream, Unavailable(text, reason="SCHEDULER_SILENT", retry_after_s=RETRY_AFTER_S))
 
-    def _end(self, stream: EngineStream, error: QuireError) -> None:
+    def _end(self, stream: SchedulerStream, error: QuireError) -> None:
         stream.fail(error)
         self._forget(stream)
 
-    def _forget(self, stream: EngineStream) -> None:
+    def _forget(self, stream: SchedulerStream) -> None:
         stream.answered()
         self._by_id.pop(stream.request_id, None)
         if stream.handle is not None:

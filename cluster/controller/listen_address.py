@@ -1,0 +1,42 @@
+"""The address of the edge, checked before anything starts."""
+
+import ipaddress
+import socket
+
+from quire.common.errors import ConfigError
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """'127.0.0.1:50051' or '[::1]:50051' as host and port.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"listen is {address!r}; it takes HOST:PORT, such as 127.0.0.1:50051")
+    return host.strip("[]"), int(port)
+
+
+def check_listen_address(address: str, *, insecure: bool) -> None:
+    """Refuse an address that others reach without credentials, or that is taken.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    host, port = split_address(address)
+    try:
+        family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"listen address {host!r} is not known on this machine: {error.strerror}") from None
+    if not ipaddress.ip_address(resolved[0]).is_loopback and not insecure:
+        raise ConfigError(
+            f"listen address {host} is reachable from other hosts and this server asks for no credentials; "
+            "listen on 127.0.0.1, or pass --insecure if the network is trusted"
+        )
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(resolved[:2])
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --listen") from None
