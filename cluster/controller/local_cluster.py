@@ -80,8 +80,13 @@ class LocalCluster:
             log_path=self.folder / "logs" / "gateway.log",
         )
         stop.install()
-        self._start_ray()
+        try:
+            self._start_ray()
+        except SystemExit:  # while it starts, Ray's own handler answers SIGTERM, by this
+            stop.set()
         stop.install()
+        if stop.is_set():
+            return ""
         self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
         try:
             ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)

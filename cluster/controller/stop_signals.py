@@ -15,8 +15,11 @@ class StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
+    def set(self) -> None:
+        self._is_set = True
+
     def is_set(self) -> bool:
         return self._is_set
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._is_set = True
+        self.set()
