@@ -49,6 +49,8 @@ class ChatEncoder:
             raise InvalidRequest(
                 "this model's chat template has no place for tools; leave chat.tools_json empty", reason="NO_TOOLS", field="chat.tools_json"
             )
+        # As transformers does: many templates fail on None or write "None", and take a key that is missing for no content.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         for message in messages:
             self._check_role(message["role"])
         strings = [*_strings_in(messages), *_strings_in(tools)]

@@ -168,9 +168,9 @@ async def run(config: GatewayConfig) -> int:
     if not watch.done():
         await gateway.drain()  # news of the cluster still count: what drains is at the scheduler
     else:
-        error = watch.exception()
-        assert error is not None, "it watches for ever"
-        text = f"the gateway cannot go on: {error.message if isinstance(error, QuireError) else place_of(error)}"
+        failure = watch.exception()
+        assert failure is not None, "it watches for ever"
+        text = f"the gateway cannot go on: {failure.message if isinstance(failure, QuireError) else place_of(failure)}"
         log.error("%s", text)
         if not ready.done():
             write_json_atomically(report, {"error": text})

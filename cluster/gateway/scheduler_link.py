@@ -133,12 +133,11 @@ class SchedulerLink:
         gateway_id: str,
         on_change: Callable[[], None] = lambda: None,
         bounds: LinkBounds = DEFAULT_BOUNDS,
-        context: zmq.asyncio.Context | None = None,
     ) -> None:
         self._gateway_id = gateway_id
         self._on_change = on_change  # called after each change of is_up
         self._bounds = bounds
-        self._context = context or zmq.asyncio.Context()
+        self._context = zmq.asyncio.Context()
         self._address: str | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []

@@ -264,7 +264,7 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     if not 1 <= len(message.role) <= MAX_ROLE_CHARS:
         text = f"a role has {len(message.role)} characters; it takes 1 to {MAX_ROLE_CHARS}"
         raise InvalidRequest(text, field="chat.messages.role")
-    # Without content: None where the turn calls tools, as transformers' users write it, and templates test for; else "".
+    # Without content: None where the turn calls tools, as transformers' users write it; else "".
     has_content = message.HasField("content") or not message.tool_calls_json
     entry: dict[str, Any] = {"role": message.role, "content": message.content if has_content else None}
     if message.HasField("name"):

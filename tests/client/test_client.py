@@ -1,8 +1,6 @@
 """The synchronous client against a real gRPC server."""
 
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -30,6 +28,12 @@ from quire.client import (
 from quire.v1 import inference_pb2
 
 THREE = Reply(sequences=(("a ", "b ", "c"), ("d ", "e"), ("f ", "g ", "h")), finish_reason=inference_pb2.FINISH_REASON_STOP)
+
+# For tests alone, valid until 2126. Made, on 2026-11-21, by: openssl req -x509 -nodes -days 36500 -subj /CN=localhost
+# -addext "subjectAltName=DNS:localhost,IP:127.0.0.1" -newkey ec -pkeyopt ec_paramgen_curve:prime256v1
+# -keyout localhost_key.pem -out localhost_certificate.pem
+SUPPORT = Path(__file__).parents[1] / "support"
+LOCALHOST_KEY, LOCALHOST_CERTIFICATE = SUPPORT / "localhost_key.pem", SUPPORT / "localhost_certificate.pem"
 
 
 def test_generate_gives_text_ids_usage_timings_and_seed(server: FakeServer, client: Client) -> None:
@@ -313,18 +317,11 @@ def test_a_request_larger_than_the_limit_is_refused_here(client: Client) -> None
     assert caught.value.reason == "MESSAGE_TOO_LARGE"
 
 
-def test_tls_trusts_the_given_authority_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_trusts_the_given_authority_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.01)
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl makes the certificate of this test, and is not here")
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    files = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([openssl, "req", "-x509", "-nodes", "-days", "2", *names, *files], check=True, capture_output=True)
-    credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    credentials = grpc.ssl_server_credentials([(LOCALHOST_KEY.read_bytes(), LOCALHOST_CERTIFICATE.read_bytes())])
     with FakeServer(credentials) as server:
-        with Client(server.address, tls_ca=certificate, api_key="k") as client:
+        with Client(server.address, tls_ca=LOCALHOST_CERTIFICATE, api_key="k") as client:
             assert client.generate("x").text == "Once upon a time."
         with Client(server.address, secure=True, max_retries=0) as client, pytest.raises(Unavailable) as caught:
             client.generate("x")

@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from quire.common.child_process import start_child, stop_child
 
-GONE_TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0
+POLL_S = 0.01
 SUPPORT = str(Path(__file__).resolve().parents[1] / "support")
 
 # A parent that starts a sleeping child through start_child, writes the child's pid, and sleeps.
@@ -31,27 +33,29 @@ def test_a_child_is_gone_after_its_parent_was_killed(tmp_path: Path) -> None:
     assert _is_alive(child_pid)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline_s = time.monotonic() + GONE_TIMEOUT_S
-    while _is_alive(child_pid):
-        assert time.monotonic() < deadline_s, "the child outlived its parent"
+    _wait_until(lambda: not _is_alive(child_pid), "the child to end with its parent")
 
 
 def test_a_child_is_stopped_by_sigterm_and_its_output_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", SUPPORT)
     child = start_child("sleeping_child", {"seconds": 60}, log_path=tmp_path / "log")
-    deadline_s = time.monotonic() + GONE_TIMEOUT_S
-    while "sleeping for 60" not in (tmp_path / "log").read_text():
-        assert time.monotonic() < deadline_s
-        assert child.poll() is None
+    _wait_until(lambda: "sleeping for 60" in (tmp_path / "log").read_text() or child.poll() is not None, "the child to say something")
+    assert child.poll() is None
     assert stop_child(child) == -signal.SIGTERM
     assert stop_child(child) == -signal.SIGTERM  # again: it has ended, nothing happens
 
 
 def _wait_for_pid(pid_file: Path) -> int:
-    deadline_s = time.monotonic() + GONE_TIMEOUT_S
-    while not (pid_file.exists() and pid_file.read_text()):
-        assert time.monotonic() < deadline_s
+    _wait_until(lambda: pid_file.exists() and pid_file.read_text() != "", "the parent to write the child's pid")
     return int(pid_file.read_text())
+
+
+def _wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Look every few milliseconds: for what another process does in its own time."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited in vain for {what}"
+        time.sleep(POLL_S)
 
 
 def _is_alive(pid: int) -> bool:

@@ -12,7 +12,8 @@ import grpc
 import zmq
 import zmq.asyncio
 
-from quire.common.errors import StatusCode
+from quire.cluster.rich_status import status_of
+from quire.common.errors import NotFound, StatusCode
 from quire.common.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -41,6 +42,7 @@ from quire.v1.cluster_pb2_grpc import ClusterServiceServicer, add_ClusterService
 
 DEMO_MODEL = Path(__file__).parents[2] / "src" / "quire" / "demo_model"
 CHUNK_BYTES = 64 * 1024
+NO_GROUP = NotFound("no group of that name", reason="GROUP_NOT_FOUND", metadata={"group": "g9"}, field="group_id")
 
 
 @dataclass
@@ -63,6 +65,7 @@ class FakeScheduler:
     version: int = PROTOCOL_VERSION
     scheduler_id: str = "scheduler-1"
     limits: tuple[ModelLimits, ...] = ()
+    cumulative_logprob: float | None = None  # of each finished sequence
     received: list[SessionDown] = field(default_factory=list)
     address: str = "tcp://127.0.0.1:0"
 
@@ -117,7 +120,8 @@ class FakeScheduler:
         self, handle: int, submit: Submit, *, num_tokens: int, reason: EndReason = EndReason.STOP, stop_id: int | None = None
     ) -> None:
         usage = UsageCounts(len(submit.prompt_ids), len(submit.prompt_ids) // 2, num_tokens)
-        await self.send(Finished(handle, 0, reason, stop_id, True, usage, Spans(0.25, 0.5, 1.0, 0.125), 3))
+        spans = Spans(0.25, 0.5, 1.0, 0.125)
+        await self.send(Finished(handle, 0, reason, stop_id, True, usage, spans, 3, self.cumulative_logprob))
 
     async def reject(self, submit: Submit, code: StatusCode, reason: str, message: str, *, retry_after_s: float | None = None) -> None:
         numbers = {"waiting_requests": "4096"}
@@ -275,15 +279,17 @@ class FakeController(DiscoveryServiceServicer, ClusterServiceServicer):
         return cluster_pb2.ListGroupsResponse(groups=[cluster_pb2.Group(group_id="g0", state=self.group_state)])
 
     async def GetQueue(self, request: cluster_pb2.GetQueueRequest, context: Any) -> cluster_pb2.GetQueueResponse:
-        await asyncio.sleep(30)  # for deadlines
-        return cluster_pb2.GetQueueResponse()
+        await asyncio.Event().wait()  # for deadlines
+        raise AssertionError("nobody waits so long")
 
     async def GetBlocks(self, request: cluster_pb2.GetBlocksRequest, context: Any) -> cluster_pb2.GetBlocksResponse:
+        if request.group_id == "broken":
+            raise FileNotFoundError("/home/someone/secret")
         return cluster_pb2.GetBlocksResponse(groups=[cluster_pb2.GroupBlocks(group_id=request.group_id)])
 
     async def DrainGroup(self, request: cluster_pb2.DrainGroupRequest, context: Any) -> cluster_pb2.DrainGroupResponse:
         if request.group_id != "g0":
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no group of that name", (("grpc-status-details-bin", b"\x08\x05"),))
+            await context.abort(*status_of(NO_GROUP))
         self.drained.append(request.group_id)
         return cluster_pb2.DrainGroupResponse(group=cluster_pb2.Group(group_id="g0", state=cluster_pb2.GROUP_STATE_DRAINING))
 

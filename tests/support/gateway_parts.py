@@ -14,7 +14,7 @@ from fake_scheduler import FakeController, FakeScheduler, demo_files
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from quire.cluster.gateway.main import Gateway, GatewayConfig
+from quire.cluster.gateway.main import DEFAULT_BOUNDS, Gateway, GatewayBounds, GatewayConfig
 from quire.common.messages import ModelLimits
 from quire.v1 import inference_pb2
 from quire.v1.cluster_pb2_grpc import ClusterServiceStub
@@ -32,6 +32,7 @@ class Running:
     controller: FakeController
     address: str
     channel: grpc.aio.Channel
+    watch: asyncio.Task[None]
 
     @property
     def inference(self) -> Any:
@@ -62,6 +63,7 @@ async def running_gateway(
     scheduler: FakeScheduler | None = None,
     files: dict[str, bytes] | None = None,
     model: dict[str, Any] | None = None,
+    bounds: GatewayBounds = DEFAULT_BOUNDS,
     **settings: Any,
 ) -> AsyncIterator[Running]:
     """A ready gateway; `model` is what the table says of the model, `settings` are the config's."""
@@ -72,14 +74,14 @@ async def running_gateway(
         config = GatewayConfig(
             listen="127.0.0.1:0", discovery_address=controller.address, report_path=str(tmp_path / "report.json"), **settings
         )
-        gateway = Gateway(config)
+        gateway = Gateway(config, bounds=bounds)
         address = await gateway.start()
         watch = asyncio.create_task(gateway.watch())
         try:
             async with asyncio.timeout(10):
                 await gateway.is_ready.wait()
             async with grpc.aio.insecure_channel(address) as channel:
-                yield Running(gateway, scheduler, controller, address, channel)
+                yield Running(gateway, scheduler, controller, address, channel, watch)
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)

@@ -46,7 +46,7 @@ INST = """{{ bos_token }}{% for message in messages %}
     {% if message['role'] == 'user' %}
         {{ '[INST] ' + message['content'] + ' [/INST]' }}
     {% else %}
-        {% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}
+        {% generation %}{{ ' ' + (message['content'] or '') + eos_token }}{% endgeneration %}
     {% endif %}
 {% endfor %}"""
 

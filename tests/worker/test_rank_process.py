@@ -111,7 +111,8 @@ def test_a_rank_says_hello_obeys_plans_in_order_and_leaves_when_asked(start: Sta
     assert hello.block_bytes == 4 * read_model_folder(tiny_folder).kv_bytes_per_token(dtype="float32", tensor_parallel_size=1)
     assert hello.model_fingerprint == read_model_folder(tiny_folder).fingerprint
     assert (hello.device, hello.pid, hello.h2d_bytes_per_s) == ("cpu", rank.process.pid, 0.0)
-    assert [length for length, _ in hello.prefill_tokens_per_s] == [16, 64][: len(hello.prefill_tokens_per_s)]
+    lengths = [length for length, _ in hello.prefill_tokens_per_s]
+    assert lengths in ([16], [16, 64]), "the longer one is left out where the time is spent"
     assert all(speed > 0 for _, speed in hello.prefill_tokens_per_s)
 
     assert rank.step(StepPlan(3, 0)).counts == ()

@@ -1,6 +1,5 @@
 """The gateway as a process of its own: its report, its drain, its end."""
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -26,8 +25,8 @@ MODULE = "quire.cluster.gateway.main"
 
 
 @contextlib.contextmanager
-def child(spec: dict[str, Any]) -> Any:
-    process = start_child(MODULE, {"listen": "127.0.0.1:0", "log_level": "warning", **spec})
+def child(spec: dict[str, Any], *, log_path: Path | None = None) -> Any:
+    process = start_child(MODULE, {"listen": "127.0.0.1:0", "log_level": "warning", **spec}, log_path=log_path)
     try:
         yield process
     finally:
@@ -104,11 +103,21 @@ async def test_an_address_in_use_is_reported(tmp_path: Path) -> None:
 
 
 async def test_a_gateway_that_never_saw_a_model_reports_nothing_and_still_ends_well(tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
+    report, log = tmp_path / "report.json", tmp_path / "log"
+    spec = {"report_path": str(report), "log_level": "info"}
     async with FakeController("") as controller:
-        with child({"discovery_address": controller.address, "report_path": str(report)}) as process:
-            await asyncio.sleep(1.5)
+        with child({"discovery_address": controller.address, **spec}, log_path=log) as process:
+            await until(lambda: log.exists() and "routing table 0: models []" in log.read_text(), timeout_s=20)
             assert read_report(report) is None
             process.terminate()
             assert await exit_code(process) == 0
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["log"]
+
+
+async def test_a_gateway_that_cannot_go_on_ends_and_says_why(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    async with FakeController("nowhere") as controller:
+        controller.serve(demo_files())
+        with child({"discovery_address": controller.address, "report_path": str(report)}) as process:
+            assert await exit_code(process, timeout_s=20) == 1
+    assert (read_report(report) or {})["error"].startswith("the gateway cannot go on: ZMQError in ")

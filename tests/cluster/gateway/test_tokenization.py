@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import small_tokenizers
 from fake_scheduler import model_entry, tokenizer_files
+from transformers import AutoTokenizer
 
 from quire.cluster.gateway.chat_template import ChatTemplate
 from quire.cluster.gateway.served_model import ServedModel, load_served_model
@@ -38,10 +39,9 @@ def load(make: Callable[[], dict[str, bytes]]) -> ServedModel:
 
 
 def load_with_transformers(files: dict[str, bytes], folder: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def encode_chat(model: ServedModel, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], str]:
@@ -78,10 +78,11 @@ def test_chats_get_the_ids_and_the_text_that_transformers_gives(
         assert ids == expected["input_ids"], chat
 
 
+@pytest.mark.parametrize("content", ["", None])
 @pytest.mark.parametrize("make", [small_tokenizers.chatml, small_tokenizers.llama_like])
-def test_tools_and_tool_calls_reach_the_template(make: Callable[[], dict[str, bytes]], tmp_path: Path) -> None:
+def test_tools_and_tool_calls_reach_the_template(make: Callable[[], dict[str, bytes]], content: str | None, tmp_path: Path) -> None:
     model, theirs = load(make), load_with_transformers(make(), tmp_path)
-    chat: list[dict[str, Any]] = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    chat: list[dict[str, Any]] = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": content, "tool_calls": [CALL]}]
     ids, rendered = encode_chat(model, chat, tools=[TOOL])
     assert rendered == theirs.apply_chat_template(chat, tools=[TOOL], tokenize=False, add_generation_prompt=True)
     assert ids == theirs.apply_chat_template(chat, tools=[TOOL], tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from quire.cluster.gateway.request_fields import HONOURED, REFUSED, refuse_unsupported
 from quire.cluster.gateway.served_model import ServedModel, load_served_model
-from quire.cluster.gateway.validation import CheckedFields, LengthLimit, ResolvedRequest, check_fields, length_limit, resolve
+from quire.cluster.gateway.validation import ChatPrompt, CheckedFields, LengthLimit, ResolvedRequest, check_fields, length_limit, resolve
 from quire.common.errors import InvalidRequest, NotSupported, QuireError
 from quire.common.messages import SamplingState
 from quire.v1 import inference_pb2
@@ -235,7 +235,8 @@ def test_prompt_ids_are_held_against_the_models_width(model: ServedModel) -> Non
 
 
 @pytest.mark.parametrize(
-    ("discovered", "scheduler", "expected"), [(2048, 0, 2048), (0, 0, 2048), (500, 0, 500), (500, 400, 400), (0, 300, 300), (9999, 9999, 2048)]
+    ("discovered", "scheduler", "expected"),
+    [(2048, 0, 2048), (0, 0, 2048), (500, 0, 500), (500, 400, 400), (0, 300, 300), (9999, 9999, 2048)],
 )
 def test_the_smallest_limit_counts(discovered: int, scheduler: int, expected: int) -> None:
     limit = length_limit(served(max_request_tokens=discovered), scheduler_max_request_tokens=scheduler)
@@ -263,6 +264,20 @@ def test_what_is_left_after_the_prompt_is_the_default_of_max_tokens(model: Serve
     assert resolved(model, 10).max_tokens == 90
     assert resolved(model, 99).max_tokens == 1
     assert resolved(model, 10, stopping=StoppingParams(max_tokens=90)).max_tokens == 90
+
+
+def test_a_turn_without_content_has_none_if_it_calls_tools_and_is_empty_if_not(model: ServedModel) -> None:
+    call = '{"type": "function", "function": {"name": "f"}}'
+    for fields, content in (
+        ({"tool_calls_json": [call]}, None),
+        ({"tool_calls_json": [call], "content": ""}, ""),
+        ({"tool_calls_json": [call], "content": "a"}, "a"),
+        ({}, ""),
+    ):
+        message = inference_pb2.ChatMessage(role="assistant", **fields)
+        prompt = check(model, chat=inference_pb2.Chat(messages=[message])).prompt
+        assert isinstance(prompt, ChatPrompt)
+        assert prompt.messages[0]["content"] == content
 
 
 def test_the_server_names_a_request_that_has_no_name(model: ServedModel) -> None:
