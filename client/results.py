@@ -105,6 +105,7 @@ class Delta:
     usage: Usage | None
     timings: Timings | None
     seed: int | None
+    cumulative_logprob: float | None = None  # in the sequence's last delta, if it was computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,3 +192,4 @@ class Queue:
     max_waiting_tokens: int
     oldest_wait_s: float
     num_running_requests: int
+    num_waiting_by_priority: Mapping[str, int]  # by class name ("LOW", "NORMAL", "HIGH"), those with any

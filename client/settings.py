@@ -11,6 +11,8 @@ from quire.common.errors import ConfigError, InvalidRequest
 
 DEFAULT_PORT: Final = 50051
 DEFAULT_ADDRESS: Final = f"127.0.0.1:{DEFAULT_PORT}"
+# gRPC's own clock overflows far above this, and then a call fails at once.
+MAX_TIMEOUT_S: Final = 1e8
 DEFAULT_TIMEOUT_S: Final = 600.0
 DEFAULT_MAX_RETRIES: Final = 2
 
@@ -85,7 +87,7 @@ def call_timeout_s(settings: ClientSettings, timeout_s: float | None) -> float:
         return settings.timeout_s
     if not timeout_s > 0:
         raise InvalidRequest(f"timeout_s is {timeout_s}; it takes seconds above 0", field="timeout_s")
-    return timeout_s
+    return min(timeout_s, MAX_TIMEOUT_S)
 
 
 def is_loopback(address: str) -> bool:

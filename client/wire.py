@@ -251,6 +251,7 @@ def delta(response: inference_pb2.GenerateStreamResponse) -> Delta:
         usage=_usage(response.usage) if response.HasField("usage") else None,
         timings=_timings(response.timings) if response.HasField("timings") else None,
         seed=response.seed if response.HasField("seed") else None,
+        cumulative_logprob=response.cumulative_logprob if response.HasField("cumulative_logprob") else None,
     )
 
 
@@ -306,6 +307,10 @@ def queue(response: cluster_pb2.GetQueueResponse) -> Queue:
         max_waiting_tokens=response.max_waiting_token_count,
         oldest_wait_s=_seconds(response.oldest_wait),
         num_running_requests=response.running_request_count,
+        num_waiting_by_priority={
+            inference_pb2.Priority.Name(entry.priority).removeprefix("PRIORITY_"): entry.waiting_request_count
+            for entry in response.priorities
+        },
     )
 
 

@@ -301,11 +301,12 @@ class ModelLimits(_Part, frozen=True):
 
 
 class Welcome(_Message, frozen=True):
-    """Answer to Hello, and again whenever the limits change."""
+    """Answer to Hello, again whenever the limits change, and when the scheduler gave the gateway up and hears of it again."""
 
     version: int
     scheduler_id: str  # a new one after a restart: everything submitted before is lost
     models: tuple[ModelLimits, ...]
+    session: int = 0  # of this gateway; a higher one says the same of everything submitted under a lower one
 
 
 class Accepted(_Message, frozen=True):

@@ -60,8 +60,10 @@ class ClusterAdmin(cluster_pb2_grpc.ClusterServiceServicer):
 
     async def DrainGroup(self, request: cluster_pb2.DrainGroupRequest, context: Any) -> cluster_pb2.DrainGroupResponse:
         await self._find(request.group_id, context)
+        gauges = {group.group_id: group for group in (await self._status(context)).groups}
         self._controller.drain(request.group_id)
-        return cluster_pb2.DrainGroupResponse(group=group_message(await self._find(request.group_id, context)))
+        group = await self._find(request.group_id, context)
+        return cluster_pb2.DrainGroupResponse(group=self._group(group, gauges.get(group.group_id)))
 
     async def _find(self, group_id: str, context: Any) -> Group:
         group = self._controller.group(group_id)

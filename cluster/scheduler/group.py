@@ -232,7 +232,7 @@ class Group:
         return GroupStatus(
             group_id=self.group_id,
             term=self.term,
-            num_running_sequences=len(self.requests),
+            num_running_sequences=sum(request.sequence.row >= 0 for request in self.requests.values()),
             num_preempted_requests=0,
             num_steps=self.num_steps_done,
             gpu=PoolStatus(pool.num_blocks, pool.num_free, pool.num_cached, pool.num_held, pool.num_shared),

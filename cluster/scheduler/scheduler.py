@@ -80,7 +80,8 @@ class Scheduler:
         self.config = config
         self.groups: dict[str, Group] = {}
         self.queue = WaitingQueue(max_requests=config.max_waiting_requests, max_tokens=config.max_waiting_tokens)
-        self._gateways: set[bytes] = set()
+        self._gateways: dict[bytes, int] = {}  # with the number of its session
+        self._num_sessions = 0
         self._by_key: dict[tuple[bytes, str], Request] = {}  # not ended; one attempt of each
         self._by_handle: dict[int, Request] = {}  # the same ones
         self._deadlines: list[
@@ -99,22 +100,20 @@ class Scheduler:
     def hello(self, gateway: bytes, message: Hello) -> None:
         """A gateway came, or came again: what it had submitted before on this link is cancelled."""
         self.gateway_lost(gateway)
-        self._gateways.add(gateway)
-        self._to_gateway(gateway, self._welcome())
+        self._open_session(gateway)
 
     def gateway_lost(self, gateway: bytes) -> None:
         """Nobody reads this gateway's answers any more: its requests end."""
-        self._gateways.discard(gateway)
+        self._gateways.pop(gateway, None)
         for request in [request for request in self._by_key.values() if request.gateway == gateway]:
             self._end(request)
 
     def submit(self, gateway: bytes, message: Submit, now_s: float) -> None:
         """Queue a request, or say at once that it cannot be taken. A higher attempt supersedes a lower one of the same id."""
-        if gateway not in self._gateways:  # it speaks to a scheduler that is gone; the Welcome tells it so
-            self._gateways.add(gateway)
-            self._to_gateway(gateway, self._welcome())
-            text = "the scheduler was restarted; submit again"
-            self._reject(gateway, message, StatusCode.UNAVAILABLE, "SCHEDULER_RESTARTED", text, self.config.retry_after_s)
+        if gateway not in self._gateways:  # it speaks to a scheduler that is gone, or was given up by this one; the Welcome says so
+            self._open_session(gateway)
+            text = "the scheduler lost its session with this gateway; submit again"
+            self._reject(gateway, message, StatusCode.UNAVAILABLE, "SESSION_LOST", text, self.config.retry_after_s)
             return
         former = self._by_key.get((gateway, message.request_id))
         if former is not None:
@@ -480,19 +479,23 @@ class Scheduler:
                 ),
             )
 
-    def _welcome(self) -> Welcome:
+    def _open_session(self, gateway: bytes) -> None:
+        self._num_sessions += 1
+        self._gateways[gateway] = self._num_sessions
+        self._to_gateway(gateway, self._welcome(gateway))
+
+    def _welcome(self, gateway: bytes) -> Welcome:
         models = sorted({group.model for group in self.groups.values()})
         limits = []
         for model in models:
             serving = self._serving(model)
             block_size = next(group.config.block_size for group in self.groups.values() if group.model == model)
             limits.append(ModelLimits(model, block_size, max((group.max_request_tokens for group in serving), default=0)))
-        return Welcome(PROTOCOL_VERSION, self.config.scheduler_id, tuple(limits))
+        return Welcome(PROTOCOL_VERSION, self.config.scheduler_id, tuple(limits), self._gateways[gateway])
 
     def _tell_limits(self) -> None:
-        welcome = self._welcome()
         for gateway in sorted(self._gateways):
-            self._to_gateway(gateway, welcome)
+            self._to_gateway(gateway, self._welcome(gateway))
 
     def _reject(
         self, gateway: bytes, message: Submit, code: StatusCode, reason: str, text: str, retry_after_s: float | None = None

@@ -29,7 +29,7 @@ ONLY_IN: Final[Mapping[str, tuple[str, ...]]] = {
     "torch": ("worker/", "kernels/", "bench/"),
     "transformers": ("worker/", "kernels/", "bench/"),
     "triton": ("worker/", "kernels/", "bench/"),
-    "grpc": ("client/", "cli/", "bench/", "cluster/gateway/", "cluster/controller/"),
+    "grpc": ("client/", "cli/", "bench/", "cluster/gateway/", "cluster/controller/", "cluster/rich_status.py"),
 }
 # The scheduler plans without I/O: only its edge may do what these are for.
 PURE: Final = "cluster/scheduler/"

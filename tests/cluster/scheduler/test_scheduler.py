@@ -337,6 +337,20 @@ def test_a_lost_gateway_takes_its_requests_along() -> None:
     assert story.scheduler.groups["g0"].pool.num_held == 0
 
 
+def test_a_gateway_that_was_given_up_learns_it_from_its_next_welcome() -> None:
+    story = Story()
+    story.submit("a", [1, 2, 3], max_tokens=9)
+    story.scheduler.gateway_lost(GATEWAY)
+    story.submit("b", [1, 2, 3], max_tokens=9)
+    end = story.ends["b"]
+    assert isinstance(end, Rejected)
+    assert (end.code, end.reason) == (StatusCode.UNAVAILABLE, "SESSION_LOST")
+    assert story.welcomes[-1].session > story.welcomes[0].session
+    story.submit("c", [1, 2, 3], max_tokens=4)
+    story.run()
+    assert story.tokens["c"] == expected_completion([1, 2, 3], NEUTRAL, max_tokens=4)
+
+
 def test_a_failed_rank_ends_the_group_and_its_requests_say_so() -> None:
     story = Story()
     story.submit("a", [1, 2, 3], max_tokens=9)
