@@ -1,6 +1,7 @@
 """What a client is told once: where the server is, who calls, how long to try."""
 
 import ipaddress
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -83,11 +84,10 @@ def call_timeout_s(settings: ClientSettings, timeout_s: float | None) -> float:
     Raises:
         InvalidRequest: it is not above 0.
     """
-    if timeout_s is None:
-        return settings.timeout_s
-    if not timeout_s > 0:
+    if timeout_s is not None and not timeout_s > 0:
         raise InvalidRequest(f"timeout_s is {timeout_s}; it takes seconds above 0", field="timeout_s")
-    return min(timeout_s, MAX_TIMEOUT_S)
+    limit_s = settings.timeout_s if timeout_s is None else timeout_s
+    return limit_s if math.isinf(limit_s) else min(limit_s, MAX_TIMEOUT_S)
 
 
 def is_loopback(address: str) -> bool:
