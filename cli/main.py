@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     # The name comes first and stands alone: argparse's own subcommands would import every command's module for its flags.
     name, *rest = argv or ["--help"]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(_help())
         return 0 if argv else EXIT_USAGE
-    if name in ("-V", "--version"):
+    if name in ("-V", "--version", "version"):
         print(f"quire {importlib.metadata.version('quire')}")
         return 0
     if name not in COMMANDS:
@@ -82,7 +82,7 @@ def _help() -> str:
     commands = "\n".join(f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: quire COMMAND [ARGUMENTS]\n\n"
-        f"Serve large language models from many GPUs.\n\ncommands:\n{commands}\n\n"
+        f"Serve large language models from a cluster, over gRPC.\n\ncommands:\n{commands}\n\n"
         "`quire COMMAND --help` tells more of each; `quire --version` gives the version."
     )
 

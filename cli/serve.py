@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from dataclasses import fields
@@ -10,9 +11,12 @@ from typing import Any
 
 import yaml
 
+from quire.cluster.controller.discovery import served_model, tokenizer_files
+from quire.cluster.controller.listen_address import check_listen_address
 from quire.cluster.controller.ray_environment import prepare_local_ray
 from quire.cluster.controller.stop_signals import StopSignals
-from quire.common.config import ModelConfig, ServeConfig, config_as_dict, plan_model, resolve_config, setting_type
+from quire.cluster.gateway.served_model import load_served_model
+from quire.common.config import ModelConfig, ModelPlan, ServeConfig, config_as_dict, plan_model, resolve_config, setting_type
 from quire.common.errors import ConfigError
 from quire.common.files import write_json_atomically
 
@@ -41,26 +45,51 @@ def run(args: argparse.Namespace) -> int:
         yaml.safe_dump(config_as_dict(config, plan), sys.stdout, sort_keys=False)
         return 0
     ready_file = Path(args.ready_file).absolute() if args.ready_file else None
+    check_listen_address(config.listen, insecure=config.insecure)
+    check_tokenizer(plan)
     stop = StopSignals()
     started_s = time.monotonic()
+    own_command = _own_command()
     print(
         f"starting {plan.name} ({plan.folder.model_type}, {plan.dtype}, {plan.device}; {plan.num_gpu_blocks} blocks of "
         f"{plan.block_size} tokens, {plan.num_gpu_blocks * plan.block_bytes / 2**20:.0f} MiB of KV cache per rank)",
         flush=True,
     )
+    num_tokens = plan.num_gpu_blocks * plan.block_size
+    if num_tokens < plan.max_model_len:
+        print(f"warning: the KV cache holds {num_tokens} tokens, less than max_model_len {plan.max_model_len}: requests are capped at that")
     prepare_local_ray()
     from quire.cluster.controller.local_cluster import LocalCluster  # not before: it imports ray
 
-    with LocalCluster(config, plan) as cluster:
-        address = cluster.start(stop)
+    with LocalCluster(config, plan, stop) as cluster:
+        address = cluster.start()
         if address:
             if ready_file:
                 write_json_atomically(ready_file, {"address": address})
             print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
-            print(f'try:   quire generate --address {address} "Once upon a time"', flush=True)
-            cluster.run(stop)
-        print("stopping", flush=True)
+            print(f'try:   {own_command} generate --address {address} "Once upon a time"', flush=True)
+            cluster.run()
+        print(f"stopping (streams get up to {config.drain_timeout_s:g} s to finish; Ctrl-C again ends them)", flush=True)
     return 0
+
+
+def check_tokenizer(plan: ModelPlan) -> None:
+    """Load the model's tokenizer and chat template as a gateway will, so that a broken one is known before anything starts.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    files = tokenizer_files(plan)
+    load_served_model(served_model(plan, files, max_request_tokens=0), {file.name: file.path.read_bytes() for file in files})
+
+
+def _own_command() -> str:
+    """How the user can call this program: by its name if that finds it, else by its path from here."""
+    program = Path(sys.argv[0]).absolute()
+    if program.name != "quire":
+        return f"{sys.executable} -m quire.cli.main"
+    found = shutil.which("quire")
+    return "quire" if found and Path(found).absolute() == program else os.path.relpath(program)
 
 
 _SETTING_NAMES = {setting.name for cls in (ServeConfig, ModelConfig) for setting in fields(cls)} - {"models"}

@@ -248,6 +248,8 @@ def _merge(cls: type, flags: Mapping[str, Any], environ: Mapping[str, str], file
     names = [f.name for f in fields(cls) if f.name != "models"]
     for key in file:
         if key not in names:
+            if cls is ServeConfig and key in {f.name for f in fields(ModelConfig)}:
+                raise ConfigError(f"{where} has {key!r} at its top; it belongs to the model: put it under `models:`, a list of one mapping")
             close = difflib.get_close_matches(str(key), names, n=1)
             raise ConfigError(f"{where} has a setting {key!r} that does not exist" + (f"; did you mean {close[0]!r}?" if close else ""))
     values: dict[str, Any] = {}

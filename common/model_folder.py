@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,13 @@ def read_model_folder(path: Path) -> ModelFolder:
     config = _read_json(path / "config.json")
     if not (path / "tokenizer.json").is_file():
         raise ConfigError(
-            f"{path} has no tokenizer.json; make one with: python -c "
+            f"{path} has no tokenizer.json; make one with: {sys.executable} -c "
             f"\"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{path}').save_pretrained('{path}')\"",
             reason="NO_TOKENIZER_JSON",
         )
     if not any(path.glob("*.safetensors")):
         raise ConfigError(
-            f"{path} has no *.safetensors; other formats can run code when loaded and are not read; convert it with: python -c "
+            f"{path} has no *.safetensors; other formats can run code when loaded and are not read; convert it with: {sys.executable} -c "
             f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}')\"",
             reason="NO_SAFETENSORS",
         )

@@ -15,10 +15,9 @@ from typing import Any, Final, Self
 import ray
 
 from quire.cluster.controller.controller import Controller, discovery_address
-from quire.cluster.controller.listen_address import check_listen_address
-from quire.cluster.controller.reaper import start_reaper
+from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
-from quire.common.child_process import start_child, stop_child
+from quire.common.child_process import start_child
 from quire.common.config import ModelPlan, ServeConfig
 from quire.common.errors import Unavailable
 
@@ -40,9 +39,10 @@ class LocalCluster:
     prepare_local_ray() (ray_environment.py) comes before this module is imported. `start` changes the process's working folder.
     """
 
-    def __init__(self, config: ServeConfig, plan: ModelPlan) -> None:
+    def __init__(self, config: ServeConfig, plan: ModelPlan, stop: StopSignals) -> None:
         self._config = config
         self._plan = plan
+        self._stop = stop
         base = tempfile.gettempdir()
         self.folder = Path(tempfile.mkdtemp(prefix="quire-", dir=base if len(base) <= MAX_BASE_CHARS else "/tmp"))  # mode 0700
         (self.folder / "logs").mkdir()
@@ -57,14 +57,13 @@ class LocalCluster:
     def __exit__(self, error: object, *_: object) -> None:
         self.stop(keep_logs=error is not None)
 
-    def start(self, stop: StopSignals) -> str:
+    def start(self) -> str:
         """Start everything and wait until it serves; the gateway's address. "" when a signal came meanwhile.
 
         Raises:
             QuireError: it cannot serve; the message says why and where the logs are.
         """
         deadline_s = time.monotonic() + self._config.start_timeout_s
-        check_listen_address(self._config.listen, insecure=self._config.insecure)
         # The gateway comes first and waits for the controller: its start costs nothing while Ray starts.
         report = self.folder / "gateway.json"
         self._gateway = start_child(
@@ -79,13 +78,13 @@ class LocalCluster:
             },
             log_path=self.folder / "logs" / "gateway.log",
         )
-        stop.install()
+        self._stop.install()
         try:
             self._start_ray()
         except SystemExit:  # while it starts, Ray's own handler answers SIGTERM, by this
-            stop.set()
-        stop.install()
-        if stop.is_set():
+            self._stop.set()
+        self._stop.install()
+        if self._stop.is_set():
             return ""
         self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
         try:
@@ -96,7 +95,7 @@ class LocalCluster:
         ready = self._controller.wait_ready.remote()
         is_ready = False
         while not (is_ready and report.exists()):
-            if stop.is_set():
+            if self._stop.is_set():
                 return ""
             if time.monotonic() > deadline_s:
                 raise Unavailable(f"the cluster was not ready within {self._config.start_timeout_s:g} s; its logs are in {self._logs()}")
@@ -113,29 +112,42 @@ class LocalCluster:
             raise Unavailable(self._explain(f"the gateway cannot start: {outcome['error']}"))
         return str(outcome["address"])
 
-    def run(self, stop: StopSignals) -> None:
+    def run(self) -> None:
         """Wait for a signal.
 
         Raises:
             QuireError: a part died that the cluster cannot go on without.
         """
-        while not stop.is_set():
+        while not self._stop.is_set():
             self._raise_if_over()
 
     def stop(self, *, keep_logs: bool = False) -> None:
-        """End everything, clients' streams first. The folder goes too, unless something went wrong."""
+        """End everything, clients' streams first; at once if asked a second time. The folder goes too, unless something went
+        wrong."""
         is_clean = not keep_logs
         if self._gateway is not None:
-            is_clean = stop_child(self._gateway, timeout_s=self._config.drain_timeout_s + STOP_TIMEOUT_S) == 0 and is_clean
+            is_clean = self._stop_gateway() and is_clean
         if self._controller is not None:
             self._stop_controller()
         if ray.is_initialized():
             ray.shutdown()
-        assert self._reaper.stdin is not None
-        self._reaper.stdin.close()
-        self._reaper.wait()
+        let_go(self._reaper)
         if is_clean:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _stop_gateway(self) -> bool:
+        """Let the gateway finish its streams; whether it ended as it should."""
+        assert self._gateway is not None
+        if self._gateway.poll() is None:
+            self._gateway.terminate()
+        deadline_s = time.monotonic() + self._config.drain_timeout_s + STOP_TIMEOUT_S
+        while self._gateway.poll() is None and time.monotonic() < deadline_s and self._stop.count < 2:
+            time.sleep(POLL_S)
+        if self._gateway.poll() is None:
+            self._gateway.kill()
+            self._gateway.wait()
+            return self._stop.count > 1
+        return self._gateway.returncode == 0
 
     def _stop_controller(self) -> None:
         """Have the controller end what it started. A SIGTERM to all our processes may have ended it before us, and Ray with it,

@@ -1,4 +1,4 @@
-"""The last one out: a process that outlives `quire serve` by seconds and ends what kill -9 of it leaves.
+"""The last one out: a process that outlives `quire serve` by seconds, and ends and removes what kill -9 of it leaves.
 
 Our own children die with their parents (common/child_process.py), and most of Ray's daemons notice too; its two agents were
 seen to stay for ever (Ray 2.60). Everything that a local cluster starts inherits one mark in its environment, by which it is
@@ -7,6 +7,7 @@ found here. Where there is no /proc, nothing is found.
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Final
 
 MARK: Final = "QUIRE_RUN_FOLDER"
+# What the parent says before it ends; silence means that it was killed.
+ENDED_IN_ORDER: Final = b"ended in order"
 # How long everybody gets to end by themselves after their parent did.
 GRACE_S: Final = 5.0
 # How long killing may take; what the kernel does not let go of after that, nobody can end.
@@ -54,7 +57,7 @@ def marked_processes(folder: str) -> list[int]:
 def main(folder: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends everything of ours must not end this first
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdin.buffer.read()
+    parent_said = sys.stdin.buffer.read()
     deadline_s = time.monotonic() + GRACE_S
     while marked_processes(folder) and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
@@ -64,6 +67,16 @@ def main(folder: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_S)
+    if parent_said != ENDED_IN_ORDER:
+        shutil.rmtree(folder, ignore_errors=True)  # killed: nobody was told of the logs in it
+
+
+def let_go(reaper: "subprocess.Popen[bytes]") -> None:
+    """End in order: the reaper looks once more and goes, and the folder is the caller's business."""
+    assert reaper.stdin is not None
+    with contextlib.suppress(BrokenPipeError), reaper.stdin as pipe:
+        pipe.write(ENDED_IN_ORDER)
+    reaper.wait()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from serving import ServeProcess, tagged_processes, wait_for
+from tiny_models import DEMO_MODEL
 
 from quire.client import Client
 from quire.common.errors import NotFound, QuireError, Unavailable
@@ -41,6 +43,19 @@ def test_a_signal_ends_streams_in_order_and_then_every_process(tmp_path: Path, n
         assert not list(serve.temporary.glob("quire-*")), "its folder was to go with it"
 
 
+def test_who_asks_twice_does_not_wait_for_streams(tmp_path: Path) -> None:
+    with ServeProcess(tmp_path) as serve, Client(serve.wait_ready(), max_retries=0) as client:
+        stream = client.stream("Once upon a time", max_tokens=2000, ignore_eos=True)
+        next(iter(stream))
+        serve.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.health() == "NOT_SERVING", timeout_s=20)
+        serve.process.send_signal(signal.SIGTERM)
+        with pytest.raises(QuireError):
+            list(stream)
+        assert serve.wait_end() == 0, serve.output
+        serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
+
+
 def test_nothing_is_left_after_kill_9_of_quire_serve(tmp_path: Path) -> None:
     with ServeProcess(tmp_path) as serve:
         serve.wait_ready()
@@ -48,6 +63,7 @@ def test_nothing_is_left_after_kill_9_of_quire_serve(tmp_path: Path) -> None:
         serve.process.kill()
         serve.process.wait()
         serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
+        wait_for(lambda: not list(serve.temporary.glob("quire-*")), timeout_s=GONE_TIMEOUT_S)
 
 
 @pytest.mark.parametrize(
@@ -113,14 +129,20 @@ def test_the_demo_runs_and_leaves_nothing(tmp_path: Path) -> None:
         (["--tensor-parallel-size", "3"], "8 query heads cannot be split over 3 ranks; use 1, 2, 4 or 8"),
         (["--preemption", "swap"], "preemption = swap is not supported yet"),
         (["/nowhere"], "/nowhere is not a folder"),
+        (["broken"], "the tokenizer files of model broken cannot be used"),
         (["--listen", "0.0.0.0:0"], "reachable from other hosts"),
         (["--config", "missing.yaml"], "the config file missing.yaml cannot be read"),
     ],
 )
 def test_a_bad_setting_is_one_line_before_anything_starts(tmp_path: Path, arguments: list[str], message: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(DEMO_MODEL, broken)
+    (broken / "tokenizer.json").write_text("{}")
     command = [sys.executable, "-P", "-m", "quire.cli.main", "serve", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environ, check=False)
     assert result.returncode == 1
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("quire: ")
     assert message in line
+    assert not list(tmp_path.glob("quire-*"))
