@@ -64,6 +64,7 @@ class FakeScheduler:
     welcomes: bool = True
     version: int = PROTOCOL_VERSION
     scheduler_id: str = "scheduler-1"
+    session: int = 0  # raised with each Hello
     limits: tuple[ModelLimits, ...] = ()
     cumulative_logprob: float | None = None  # of each finished sequence
     received: list[SessionDown] = field(default_factory=list)
@@ -111,7 +112,7 @@ class FakeScheduler:
         await self._socket.send_multipart([self.gateway, frame])
 
     async def welcome(self) -> None:
-        await self.send(Welcome(self.version, self.scheduler_id, self.limits))
+        await self.send(Welcome(self.version, self.scheduler_id, self.limits, self.session))
 
     async def send_tokens(self, handle: int, *, offset: int, token_ids: Sequence[int]) -> None:
         await self.send(Tokens((handle,), (0,), (offset,), (len(token_ids),), tuple(token_ids)))
@@ -138,6 +139,7 @@ class FakeScheduler:
             self._changed.set()
             match message:
                 case Hello() if self.welcomes:
+                    self.session += 1
                     await self.welcome()
                 case Submit():
                     handle = len(self._handles)

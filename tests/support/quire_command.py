@@ -1,6 +1,7 @@
 """Runs `quire …` as a user does: in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -23,7 +24,14 @@ def quire(*arguments: str, address: str | None = None, stdin: str = "", timeout_
 
 
 def start_quire(*arguments: str, address: str, **options: Any) -> "subprocess.Popen[str]":
-    """Start, with the output in pipes."""
+    """Start, with the output in pipes. It hears Ctrl-C also where the tests run in the background and do not."""
     return subprocess.Popen(
-        [*QUIRE, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(address), cwd="/", **options
+        [*QUIRE, *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(address),
+        cwd="/",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
     )

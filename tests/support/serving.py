@@ -83,7 +83,12 @@ class ServeProcess:
 
     def wait_gone(self, *, timeout_s: float) -> None:
         """Wait until nothing of it is left."""
-        wait_for(lambda: not self.processes(), timeout_s=timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        while left := self.processes():
+            assert time.monotonic() < deadline_s, (
+                f"still there after {timeout_s:g} s: { {pid: line.strip()[-90:] for pid, line in left.items()} }"
+            )
+            time.sleep(POLL_S)
 
 
 def tagged_processes(name: str, value: str) -> dict[int, str]:
