@@ -67,9 +67,13 @@ class CallGate:
         finally:
             self._request_ids.discard(request_id)
 
+    def close(self) -> None:
+        """Let nothing more in."""
+        self.is_draining = True
+
     async def drain(self, *, timeout_s: float) -> bool:
         """Let nothing more in and wait until nothing is left; False if something still is."""
-        self.is_draining = True
+        self.close()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._is_empty.wait()

@@ -12,6 +12,7 @@ from quire.common.errors import InvalidRequest
 # from roles ('<|' + role + '|>').
 COMMON_ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
 _MARKERS: Final = range(0xE000, 0xF900)  # the private use area
+_ESCAPE: Final = re.compile(r"\\u[ef][0-9a-f]{3}")  # of one of them, as JSON writes it
 
 
 class ChatEncoder:
@@ -129,17 +130,23 @@ class ChatEncoder:
         return match[0] if is_clients else self._tokenizer.escapes[match[0]]
 
     def _unused_character(self, strings: Sequence[str]) -> str:
-        """A private character that occurs neither in a client's string nor in the template."""
-        used = set(self._template.source).union(*strings)
+        """A private character that occurs neither in a client's string nor in the template, also not as JSON's escape of it."""
+        texts = [self._template.source, *strings]
+        used = set().union(*texts)
+        escaped = {escape for text in texts for escape in _ESCAPE.findall(text)}
         for code in _MARKERS:
-            if chr(code) not in used:
+            if chr(code) not in used and _escape_of(chr(code)) not in escaped:
                 return chr(code)
         raise InvalidRequest("the conversation uses every private use character; leave one out", field="chat.messages")
 
 
 def _without(marker: str, text: str) -> str:
     """A template may have written the marker as JSON does for ASCII."""
-    return text.replace(marker, "").replace(f"\\u{ord(marker):04x}", "")
+    return text.replace(marker, "").replace(_escape_of(marker), "")
+
+
+def _escape_of(marker: str) -> str:
+    return f"\\u{ord(marker):04x}"
 
 
 def _strings_in(value: Any) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The one place of the gateway where errors become gRPC."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -17,8 +18,19 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 async def abort(context: Context, error: QuireError) -> Never:
-    """End the call with this error."""
-    await context.abort(*status_of(error))
+    """End the call with this error.
+
+    Raises:
+        AbortError, CancelledError: always; gRPC ends the call without a word in its log.
+    """
+    try:
+        await context.abort(*status_of(error))
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError:
+        # The client is gone, or has no room for its first message yet and gRPC takes no status behind that.
+        raise asyncio.CancelledError from None
+    raise AssertionError("abort always raises")
 
 
 @contextlib.asynccontextmanager

@@ -18,9 +18,12 @@ from quire.cluster.gateway.cluster_service import ClusterService
 from quire.cluster.gateway.discovery import DiscoveryWatcher, RoutingTable
 from quire.cluster.gateway.error_place import place_of
 from quire.cluster.gateway.generation import FINISH_TIMEOUT_S
+from quire.cluster.gateway.health_service import MAX_WATCHERS, OVERALL, HealthService
+from quire.cluster.gateway.health_service import WRITE_TIMEOUT_S as HEALTH_WRITE_TIMEOUT_S
+from quire.cluster.gateway.request_reader import MAX_UNREAD_CALLS, READ_TIMEOUT_S, RequestReader
 from quire.cluster.gateway.scheduler_link import DEFAULT_BOUNDS as DEFAULT_LINK_BOUNDS
 from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink
-from quire.cluster.gateway.server import Server
+from quire.cluster.gateway.server import CLUSTER_SERVICE, CONNECTION_GRACE_S, INFERENCE_SERVICE, MAX_CONNECTION_AGE_S, Server
 from quire.cluster.gateway.service import WRITE_STALL_TIMEOUT_S, InferenceService
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.common.child_process import enter_child
@@ -58,6 +61,12 @@ class GatewayBounds:
     """What a gateway takes and waits for at most; each is explained where it is used."""
 
     max_calls: int = MAX_CALLS
+    max_unread_calls: int = MAX_UNREAD_CALLS
+    read_timeout_s: float = READ_TIMEOUT_S
+    max_health_watchers: int = MAX_WATCHERS
+    health_write_timeout_s: float = HEALTH_WRITE_TIMEOUT_S
+    max_connection_age_s: float = MAX_CONNECTION_AGE_S
+    connection_grace_s: float = CONNECTION_GRACE_S
     write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S
     finish_timeout_s: float = FINISH_TIMEOUT_S
     link: LinkBounds = DEFAULT_LINK_BOUNDS
@@ -74,7 +83,7 @@ class Gateway:
         self._channel = grpc.aio.insecure_channel(config.discovery_address, options=_CHANNEL_OPTIONS)
         self._workers = TextWorkers()
         self.gate = CallGate(max_calls=bounds.max_calls)
-        self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._on_link_change, bounds=bounds.link)
+        self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._update_health, bounds=bounds.link)
         self.watcher = DiscoveryWatcher(self._channel, self._workers, on_table=self._on_table, rng=random.Random())
         self.inference = InferenceService(
             table=lambda: self.watcher.table,
@@ -85,8 +94,21 @@ class Gateway:
             write_stall_timeout_s=bounds.write_stall_timeout_s,
             finish_timeout_s=bounds.finish_timeout_s,
         )
-        self._server = Server(self.inference, ClusterService(self._channel, gate=self.gate))
-        self._health_tasks: set[asyncio.Task[None]] = set()
+        self.health = HealthService(
+            (OVERALL, INFERENCE_SERVICE, CLUSTER_SERVICE),
+            max_watchers=bounds.max_health_watchers,
+            write_timeout_s=bounds.health_write_timeout_s,
+        )
+        self.reader = RequestReader(timeout_s=bounds.read_timeout_s, max_unread_calls=bounds.max_unread_calls)
+        self._server = Server(
+            self.inference,
+            ClusterService(self._channel, gate=self.gate),
+            health=self.health,
+            reader=self.reader,
+            max_call_s=config.request_timeout_s,
+            max_connection_age_s=bounds.max_connection_age_s,
+            connection_grace_s=bounds.connection_grace_s,
+        )
         self.is_ready = asyncio.Event()  # set once: a model is known and the scheduler said Welcome
 
     async def start(self) -> str:
@@ -113,8 +135,9 @@ class Gateway:
             await asyncio.gather(*loops, return_exceptions=True)
 
     async def drain(self) -> None:
-        """NOT_SERVING, nothing new, and what runs gets drain_timeout_s to finish."""
-        await self._server.stop_serving()
+        """Nothing new, NOT_SERVING, and what runs gets drain_timeout_s to finish."""
+        self.gate.close()
+        self.health.shut_down()
         log.info("draining %d calls for at most %g s", self.gate.num_calls, self._config.drain_timeout_s)
         if not await self.gate.drain(timeout_s=self._config.drain_timeout_s):
             log.warning("%d calls did not finish in time and are ended", self.gate.num_calls)
@@ -129,19 +152,13 @@ class Gateway:
     async def _on_table(self, table: RoutingTable) -> None:
         if table.scheduler_address:
             await self.link.connect(table.scheduler_address)
-        await self._update_health()
+        self._update_health()
 
-    def _on_link_change(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._update_health())
-        self._health_tasks.add(task)
-        task.add_done_callback(self._health_tasks.discard)
-
-    async def _update_health(self) -> None:
+    def _update_health(self) -> None:
         table = self.watcher.table
         if table.models and self.link.is_up:
             self.is_ready.set()
-        if not self.gate.is_draining:
-            await self._server.set_serving(bool(table.ready_models) and self.link.is_up)
+        self.health.set_serving(bool(table.ready_models) and self.link.is_up)
 
 
 async def run(config: GatewayConfig) -> int:

@@ -151,6 +151,7 @@ class SchedulerLink:
         self._limits: Mapping[str, ModelLimits] = MappingProxyType({})
         self._num_bad_messages = 0
         self._hello_timer: asyncio.TimerHandle | None = None
+        self._session = 0  # the number that the last Welcome had
         self.scheduler_id: str | None = None  # None while the link is down
 
     @property
@@ -407,9 +408,20 @@ class SchedulerLink:
         if message.scheduler_id != self.scheduler_id:
             if self.is_up:
                 self._lose("the scheduler was restarted")
-            self.scheduler_id = message.scheduler_id
             log.info("scheduler %s welcomed this gateway", message.scheduler_id)
+        elif message.session != self._session:
+            self._lose_session()
+        self.scheduler_id, self._session = message.scheduler_id, message.session
         self._on_change()
+
+    def _lose_session(self) -> None:
+        """The scheduler gave this gateway up and hears of it again. Requests that were on their way when the new session began
+        may have been accepted in it, so all that end here are cancelled as well."""
+        cancels = [message for message in self._outbox if isinstance(message, Cancel)]
+        cancels += [Cancel(stream.request_id, stream.attempt, None, "its session was lost") for stream in self._by_id.values()]
+        self._lose("the scheduler began another session")
+        for cancel in cancels:
+            self._put(cancel)
 
     def _lose(self, why: str) -> None:
         """The scheduler is gone, or everything that it knew of this gateway's requests is."""

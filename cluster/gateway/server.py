@@ -1,17 +1,23 @@
 """The gRPC server: its limits, its services, its health."""
 
 import asyncio
+import logging
 from typing import Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
+from quire.cluster.gateway import health_service
 from quire.cluster.gateway.cluster_service import ClusterService
+from quire.cluster.gateway.health_service import HealthService
+from quire.cluster.gateway.request_reader import RequestReader
 from quire.cluster.gateway.service import InferenceService
 from quire.v1 import cluster_pb2, inference_pb2
 from quire.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from quire.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+
+log = logging.getLogger("quire.gateway")
 
 INFERENCE_SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CLUSTER_SERVICE: Final = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
@@ -35,8 +41,17 @@ PING_TIMEOUT_MS: Final = 5_000
 # Clients may ping this often, calls or not; gRPC's own five minutes ends connections of clients that only look after theirs.
 MIN_CLIENT_PING_INTERVAL_MS: Final = 5_000
 MAX_CONNECTION_IDLE_MS: Final = 300_000
+# A connection is closed in good order after this (new calls take another one) and by force when its calls have had their time
+# besides. This alone ends calls of a client that answers pings and takes nothing: an answer that waits for room in the client's
+# window, of Generate say, or the status behind it. Until then they hold a stream and some kilobytes each, but no place in the
+# CallGate, and MAX_CONNECTIONS times MAX_STREAMS_PER_CONNECTION bounds them. A call whose request never comes ends much earlier
+# (RequestReader); only one whose headers never end lasts as long as its connection.
+MAX_CONNECTION_AGE_S: Final = 3600.0
+CONNECTION_GRACE_S: Final = 60.0  # beside the longest call: for its last writes
+# What gRPC may take to close its sockets after it has cancelled every call; it never needed this.
+STOP_TIMEOUT_S: Final = 5.0
 
-_OPTIONS: Final = (
+_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
@@ -58,43 +73,43 @@ _OPTIONS: Final = (
 class Server:
     """The services on one port."""
 
-    def __init__(self, inference: InferenceService, cluster: ClusterService) -> None:
-        self._server = grpc.aio.server(options=_OPTIONS)
-        self._health = health.aio.HealthServicer()
-        self._is_serving: bool | None = None
-        self._health_lock = asyncio.Lock()
+    def __init__(
+        self,
+        inference: InferenceService,
+        cluster: ClusterService,
+        *,
+        health: HealthService,
+        reader: RequestReader,
+        max_call_s: float,
+        max_connection_age_s: float = MAX_CONNECTION_AGE_S,
+        connection_grace_s: float = CONNECTION_GRACE_S,
+    ) -> None:
+        """max_call_s: what the longest call may take; one that runs when its connection ages is not cut off."""
+        ages = (
+            ("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", round((max_call_s + connection_grace_s) * 1000)),
+        )
+        self._server = grpc.aio.server(options=(*_OPTIONS, *ages), interceptors=(reader,))
         add_InferenceServiceServicer_to_server(inference, self._server)
         add_ClusterServiceServicer_to_server(cluster, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (INFERENCE_SERVICE, CLUSTER_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        add_HealthServicer_to_server(health, self._server)
+        names = (INFERENCE_SERVICE, CLUSTER_SERVICE, health_service.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self, listen: str) -> int:
-        """Serve on "host:port", not healthy yet; the port.
+        """Serve on "host:port"; the port.
 
         Raises:
             RuntimeError: the address cannot be bound.
         """
-        await self.set_serving(False)
         port = self._server.add_insecure_port(listen)
         await self._server.start()
         return port
 
-    async def set_serving(self, is_serving: bool) -> None:
-        """Say on grpc.health.v1 whether requests are served, for the whole server and for each service."""
-        async with self._health_lock:
-            if is_serving == self._is_serving:
-                return
-            self._is_serving = is_serving
-            status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-            for name in (health.OVERALL_HEALTH, INFERENCE_SERVICE, CLUSTER_SERVICE):
-                await self._health.set(name, status)
-
-    async def stop_serving(self) -> None:
-        """NOT_SERVING for good."""
-        await self.set_serving(False)
-        await self._health.enter_graceful_shutdown()
-
     async def stop(self, *, grace_s: float) -> None:
         """End what still runs after grace_s."""
-        await self._server.stop(grace_s)
+        try:
+            async with asyncio.timeout(grace_s + STOP_TIMEOUT_S):
+                await self._server.stop(grace_s)
+        except TimeoutError:
+            log.warning("the gRPC server did not stop within %g s and is left to the end of the process", grace_s + STOP_TIMEOUT_S)

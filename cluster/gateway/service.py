@@ -8,32 +8,30 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
-import grpc
-
 from quire.cluster.gateway.call_gate import CallGate
 from quire.cluster.gateway.completion import Piece
 from quire.cluster.gateway.discovery import RoutingTable
 from quire.cluster.gateway.generation import FINISH_TIMEOUT_S, End, Generation, make_submit
 from quire.cluster.gateway.grpc_errors import Context, errors_as_status
-from quire.cluster.gateway.request_fields import refuse_unsupported
+from quire.cluster.gateway.request_fields import refuse_unknown, refuse_unsupported
 from quire.cluster.gateway.scheduler_link import SchedulerLink
 from quire.cluster.gateway.served_model import ServedModel
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.cluster.gateway.validation import (
-    CheckedFields,
-    Prompt,
     ResolvedRequest,
     chat_prompt,
     check_fields,
     check_token_ids,
     encode_prompt,
     length_limit,
+    request_id_of,
     resolve,
     text_prompt,
 )
+from quire.cluster.gateway.writing import write
 from quire.cluster.rich_status import duration_of
 from quire.common.clock import Clock, monotonic
-from quire.common.errors import Cancelled, DeadlineExceeded, InvalidRequest
+from quire.common.errors import DeadlineExceeded, InvalidRequest
 from quire.common.messages import EndReason, Submit
 from quire.v1 import inference_pb2
 from quire.v1.inference_pb2_grpc import InferenceServiceServicer
@@ -83,37 +81,25 @@ class InferenceService(InferenceServiceServicer):
         async with self._call(context) as call, self._generation(request, call) as running:
             while running.generation.end is None:
                 piece = await running.generation.next_piece()
-                await self._write(context, running.stream_response(piece, now_s=self._clock()))
+                response = running.stream_response(piece, now_s=self._clock())
+                await write(context, response, timeout_s=self._write_stall_timeout_s)
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> inference_pb2.ListModelsResponse:
         async with self._call(context):
+            refuse_unknown(request)
             models = self._table().models
         return inference_pb2.ListModelsResponse(models=[models[name].public for name in sorted(models)])
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Context) -> inference_pb2.TokenizeResponse:
         async with self._call(context):
-            refuse_unsupported(request)
             model = self._table().find(request.model)
-            kind = request.WhichOneof("input")
-            if kind is None:
-                raise InvalidRequest("the request has no input; set text or chat", reason="EMPTY_PROMPT", field="input")
-            for name in ("add_special_tokens", "parse_special_tokens"):
-                if kind == "chat" and getattr(request, name):
-                    raise InvalidRequest(f"{name} is for text; this input is chat; leave it unset", field=name)
-            prompt: Prompt = chat_prompt(request.chat, model) if kind == "chat" else text_prompt(request, model)
-            token_ids, rendered = await self._workers.run(encode_prompt, prompt, model)
+            token_ids, rendered = await self._workers.run(_tokenize, request, model)
         return inference_pb2.TokenizeResponse(token_ids=token_ids, rendered=rendered)
 
     async def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Context) -> inference_pb2.DetokenizeResponse:
         async with self._call(context):
             model = self._table().find(request.model)
-            ids = request.token_ids
-            if len(ids) > model.max_model_len:
-                text = f"token_ids has {len(ids)} entries; this model takes {model.max_model_len} (max_model_len); send fewer"
-                raise InvalidRequest(text, field="token_ids")
-            check_token_ids(ids, below=max(model.vocab_size, model.logits_size), field="token_ids", what="token_ids")
-            skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-            text = await self._workers.run(model.tokenizer.decode, list(ids), skip_special_tokens=skip)
+            text = await self._workers.run(_detokenize, request, model)
         return inference_pb2.DetokenizeResponse(text=text)
 
     # -- what the calls share -----------------------------------------------------------------------------------------
@@ -140,9 +126,9 @@ class InferenceService(InferenceServiceServicer):
     async def _generation(self, request: inference_pb2.GenerateRequest, call: "_Call") -> AsyncIterator["_Running"]:
         """Validate, tokenize, submit; on the way out cancel what has not ended, and log how it did."""
         model = self._table().find(request.model)
-        checked = check_fields(request, model)
-        with self._gate.hold_request_id(checked.request_id):
-            resolved, submit = await self._workers.run(self._prepare, checked, model, call)
+        request_id = request_id_of(request)
+        with self._gate.hold_request_id(request_id):
+            resolved, submit = await self._workers.run(self._prepare, request, request_id, model, call)
             stream = self._link.submit(submit)
             with Generation(self._link, stream, resolved, model, clock=self._clock, finish_timeout_s=self._finish_timeout_s) as generation:
                 running = _Running(call, resolved, model, generation)
@@ -151,8 +137,11 @@ class InferenceService(InferenceServiceServicer):
                 finally:
                     self._log_end(running, submit)
 
-    def _prepare(self, checked: CheckedFields, model: ServedModel, call: "_Call") -> tuple[ResolvedRequest, Submit]:
-        """On a worker thread: everything whose cost grows with the prompt."""
+    def _prepare(
+        self, request: inference_pb2.GenerateRequest, request_id: str, model: ServedModel, call: "_Call"
+    ) -> tuple[ResolvedRequest, Submit]:
+        """On a worker thread: everything whose cost grows with the request."""
+        checked = check_fields(request, model, request_id=request_id)
         limits = self._link.limits_of(model.name)
         token_ids, _ = encode_prompt(checked.prompt, model)
         resolved = resolve(
@@ -173,16 +162,6 @@ class InferenceService(InferenceServiceServicer):
         )
         return resolved, submit
 
-    async def _write(self, context: Context, response: inference_pb2.GenerateStreamResponse) -> None:
-        try:
-            async with asyncio.timeout(self._write_stall_timeout_s):
-                await context.write(response)
-        except TimeoutError:
-            text = f"the client took nothing for {self._write_stall_timeout_s:g} s"
-            raise Cancelled(text, reason="CLIENT_NOT_READING") from None
-        except grpc.aio.BaseError:
-            raise Cancelled("the connection to the client broke", reason="CLIENT_GONE") from None
-
     def _log_end(self, running: "_Running", submit: Submit) -> None:
         end = running.generation.end
         log.info(
@@ -194,6 +173,30 @@ class InferenceService(InferenceServiceServicer):
             f"{end.usage.num_completion_tokens} generated, {end.reason.name}" if end is not None else "not completed",
             self._clock() - running.call.arrival_s,
         )
+
+
+def _tokenize(request: inference_pb2.TokenizeRequest, model: ServedModel) -> tuple[list[int], str | None]:
+    """On a worker thread."""
+    refuse_unsupported(request)
+    kind = request.WhichOneof("input")
+    if kind is None:
+        raise InvalidRequest("the request has no input; set text or chat", reason="EMPTY_PROMPT", field="input")
+    for name in ("add_special_tokens", "parse_special_tokens"):
+        if kind == "chat" and getattr(request, name):
+            raise InvalidRequest(f"{name} is for text; this input is chat; leave it unset", field=name)
+    return encode_prompt(chat_prompt(request.chat, model) if kind == "chat" else text_prompt(request, model), model)
+
+
+def _detokenize(request: inference_pb2.DetokenizeRequest, model: ServedModel) -> str:
+    """On a worker thread."""
+    ids = request.token_ids
+    if len(ids) > model.max_model_len:
+        text = f"token_ids has {len(ids)} entries; this model takes {model.max_model_len} (max_model_len); send fewer"
+        raise InvalidRequest(text, field="token_ids")
+    refuse_unknown(request)
+    check_token_ids(ids, below=max(model.vocab_size, model.logits_size), field="token_ids", what="token_ids")
+    skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+    return model.tokenizer.decode(list(ids), skip_special_tokens=skip)
 
 
 class _Call:

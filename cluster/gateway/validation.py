@@ -1,7 +1,7 @@
 """The one validator: a request as it came, to one in which everything is decided and within its limits.
 
-Two steps, because lengths are known only after tokenizing: `check_fields` needs the request alone and is cheap, `resolve`
-needs the prompt's tokens. Every entry point uses both.
+Two steps, because lengths are known only after tokenizing: `check_fields` needs the request alone, `resolve` needs the prompt's
+tokens. Every entry point uses both. What they cost grows with the request, so they run on a worker thread.
 """
 
 import json
@@ -22,11 +22,9 @@ from quire.v1 import inference_pb2
 
 # A text longer than this many characters per token of the model's length cannot fit, so it is not even tokenized.
 MAX_CHARS_PER_TOKEN: Final = 8
-MAX_STOP_STRINGS: Final = 4
 MAX_STOP_STRING_CHARS: Final = 256
-MAX_STOP_TOKEN_IDS: Final = 64
-MAX_CHAT_MESSAGES: Final = 2048
-MAX_TOOLS: Final = 128
+MAX_TOOL_CALLS: Final = 4096  # of a whole conversation
+MAX_JSON_DEPTH: Final = 64  # templates and our own walks recurse; 600 levels are more than Python's stack takes
 MAX_ROLE_CHARS: Final = 64
 MAX_TEMPERATURE: Final = 100.0
 
@@ -96,7 +94,16 @@ def length_limit(model: ServedModel, *, scheduler_max_request_tokens: int) -> Le
     return LengthLimit(model.max_model_len, "max_model_len")
 
 
-def check_fields(request: inference_pb2.GenerateRequest, model: ServedModel) -> CheckedFields:
+def request_id_of(request: inference_pb2.GenerateRequest) -> str:
+    """The name that the client gave the request, else one of our own. Cheap.
+
+    Raises:
+        InvalidRequest: it is no name.
+    """
+    return check_name(request, "request_id") or uuid.uuid4().hex
+
+
+def check_fields(request: inference_pb2.GenerateRequest, model: ServedModel, *, request_id: str) -> CheckedFields:
     """Check what needs no tokenizing, and take defaults from the model where the client gave none.
 
     Raises:
@@ -107,10 +114,12 @@ def check_fields(request: inference_pb2.GenerateRequest, model: ServedModel) -> 
     for name in ("n", "best_of"):
         if request.HasField(name) and getattr(request, name) == 0:
             raise InvalidRequest(f"{name} is 0; it must be at least 1", field=name)
+    if len(request.token_ids.ids) > model.max_model_len:  # before millions of them are looked at
+        raise _too_long(len(request.token_ids.ids), LengthLimit(model.max_model_len, "max_model_len"))
     refuse_unsupported(request)
     stopping = request.stopping
     return CheckedFields(
-        request_id=check_name(request, "request_id") or uuid.uuid4().hex,
+        request_id=request_id,
         prompt=_prompt(request, model),
         sampling=replace(_sampling(request.sampling, model), min_tokens=stopping.min_tokens, stop_ids=_stop_ids(stopping, model)),
         seed=request.sampling.seed if request.sampling.HasField("seed") else None,
@@ -182,20 +191,21 @@ def text_prompt(request: inference_pb2.GenerateRequest | inference_pb2.TokenizeR
 
 
 def chat_prompt(chat: inference_pb2.Chat, model: ServedModel) -> ChatPrompt:
-    """A conversation as templates expect it.
+    """A conversation as templates expect it; refuse_unsupported has checked the number of its entries.
 
     Raises:
         InvalidRequest: the model has no template, or the conversation is empty or outside its limits.
     """
     if model.chat is None:
         raise InvalidRequest(f"model {model.name} has no chat template; send text or token_ids", reason="NO_CHAT_TEMPLATE", field="chat")
-    if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
-        text = f"chat.messages has {len(chat.messages)} entries; it takes 1 to {MAX_CHAT_MESSAGES}"
-        raise InvalidRequest(text, reason="INVALID_REQUEST" if chat.messages else "EMPTY_PROMPT", field="chat.messages")
-    if len(chat.tools_json) > MAX_TOOLS:
-        raise InvalidRequest(f"chat.tools_json has {len(chat.tools_json)} entries; it takes {MAX_TOOLS}", field="chat.tools_json")
-    parts = [len(text) for message in chat.messages for text in (message.content, message.name, *message.tool_calls_json)]
-    check_num_chars(sum(parts) + sum(map(len, chat.tools_json)), model, field="chat")
+    if not chat.messages:
+        text = "chat.messages has 0 entries; it takes at least 1"
+        raise InvalidRequest(text, reason="EMPTY_PROMPT", field="chat.messages")
+    num_calls = sum(len(message.tool_calls_json) for message in chat.messages)
+    if num_calls > MAX_TOOL_CALLS:
+        text = f"chat.messages has {num_calls} tool calls; it takes {MAX_TOOL_CALLS}"
+        raise InvalidRequest(text, field="chat.messages.tool_calls_json")
+    check_num_chars(sum(map(_num_chars, chat.messages)) + sum(map(len, chat.tools_json)), model, field="chat")
     return ChatPrompt(
         messages=tuple(_message(message) for message in chat.messages),
         tools=tuple(_json_object(text, "chat.tools_json") for text in chat.tools_json) or None,
@@ -255,9 +265,12 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel) -> Promp
     ids = request.token_ids.ids
     if not ids:
         raise InvalidRequest("token_ids is empty; give it at least one id", reason="EMPTY_PROMPT", field="token_ids.ids")
-    if len(ids) > model.max_model_len:  # before a million ids are copied
-        raise _too_long(len(ids), LengthLimit(model.max_model_len, "max_model_len"))
     return tuple(ids)
+
+
+def _num_chars(message: inference_pb2.ChatMessage) -> int:
+    texts = (message.role, message.content, message.name, message.tool_call_id, *message.tool_calls_json)
+    return sum(map(len, texts))
 
 
 def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
@@ -279,11 +292,28 @@ def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
 def _json_object(text: str, field: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise _too_deep(field) from None
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise InvalidRequest(f"an entry of {field} is not a JSON object", reason="INVALID_JSON", field=field)
-    return value
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        items = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for inner in items for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise _too_deep(field)
+
+
+def _too_deep(field: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"an entry of {field} is nested more than {MAX_JSON_DEPTH} levels deep; flatten it",
+        reason="INVALID_JSON",
+        field=field,
+        metadata={"max_depth": str(MAX_JSON_DEPTH)},
+    )
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -305,7 +335,7 @@ def _sampling(given: inference_pb2.SamplingParams, model: ServedModel) -> Sampli
         neutral = REFUSED[f"sampling.{name}"]
         if pick(name, float(str(neutral[0]))) not in neutral:
             why = f"; this model's generation_config sets it to {pick(name, 0.0):g}"
-            raise not_supported(f"sampling.{name}", neutral=neutral, why=why)
+            raise not_supported(f"sampling.{name}", instead=neutral[-1], why=why)
     temperature = _in_range("temperature", pick("temperature", 1.0), low=0.0, high=MAX_TEMPERATURE)
     return SamplingState(
         temperature=temperature,
@@ -365,8 +395,6 @@ def _too_long(num_prompt_tokens: int, limit: LengthLimit) -> InvalidRequest:
 
 def _stop_ids(stopping: inference_pb2.StoppingParams, model: ServedModel) -> tuple[int, ...]:
     ids = stopping.stop_token_ids
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidRequest(f"stop_token_ids has {len(ids)} entries; it takes {MAX_STOP_TOKEN_IDS}", field="stopping.stop_token_ids")
     check_token_ids(ids, below=model.logits_size, field="stopping.stop_token_ids", what="stop_token_ids")
     own = () if stopping.ignore_eos else model.eos_token_ids
     return tuple(dict.fromkeys((*own, *ids)))
@@ -374,8 +402,6 @@ def _stop_ids(stopping: inference_pb2.StoppingParams, model: ServedModel) -> tup
 
 def _stop_strings(stopping: inference_pb2.StoppingParams) -> tuple[str, ...]:
     field = "stopping.stop_strings"
-    if len(stopping.stop_strings) > MAX_STOP_STRINGS:
-        raise InvalidRequest(f"stop_strings has {len(stopping.stop_strings)} entries; it takes {MAX_STOP_STRINGS}", field=field)
     for text in stopping.stop_strings:
         if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
             raise InvalidRequest(f"a stop string has {len(text)} characters; it takes 1 to {MAX_STOP_STRING_CHARS}", field=field)

@@ -16,7 +16,7 @@ from tiny_models import DEMO_MODEL
 from quire.client import Client
 from quire.common.errors import NotFound, QuireError, Unavailable
 
-GONE_TIMEOUT_S = 20.0
+GONE_TIMEOUT_S = 40.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

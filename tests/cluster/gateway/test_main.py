@@ -13,8 +13,9 @@ from typing import Any
 import grpc
 import pytest
 from fake_scheduler import FakeController, FakeScheduler, Script, demo_files
-from gateway_parts import LIMITS, details_of, read_report, refusal, until
+from gateway_parts import LIMITS, details_of, read_report, refusal, until, zero_window_call
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from quire.common.child_process import start_child
 from quire.common.messages import Cancel, Submit
@@ -91,6 +92,37 @@ async def test_what_outlives_the_drain_is_cancelled(tmp_path: Path) -> None:
         await refusal(call)
         assert await exit_code(process) == 0
         assert (await scheduler.wait_for(Cancel)).request_id == scheduler.of_kind(Submit)[0].request_id
+
+
+async def test_clients_that_take_nothing_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    scheduler = FakeScheduler(script=lambda submit: Script([*range(300, 340), 0], delay_s=0.01))
+    request = inference_pb2.GenerateRequest(text="x", stopping=inference_pb2.StoppingParams(max_tokens=2))
+    async with running(tmp_path, scheduler) as (process, stub, channel), contextlib.AsyncExitStack() as stack:
+        address = (read_report(tmp_path / "report.json") or {})["address"]
+        for path, message in (
+            ("/grpc.health.v1.Health/Watch", health_pb2.HealthCheckRequest()),
+            ("/quire.v1.InferenceService/Generate", request),
+            ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", reflection_pb2.ServerReflectionRequest(list_services="")),
+        ):
+            await stack.enter_async_context(zero_window_call(address, path, message))
+        await scheduler.wait_for(Submit)
+        call = stub.GenerateStream(inference_pb2.GenerateRequest(text="x"))
+        await call.read()
+        health = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        process.terminate()
+        terminated_s = time.monotonic()
+
+        async def is_not_serving() -> bool:
+            status = (await health.Check(health_pb2.HealthCheckRequest())).status
+            return bool(status == health_pb2.HealthCheckResponse.NOT_SERVING)
+
+        await until(is_not_serving, timeout_s=1)
+        assert details_of(await refusal(stub.Generate(request)))[0].reason == "DRAINING"
+        while await call.read() is not grpc.aio.EOF:
+            pass
+        assert await exit_code(process) == 0
+        assert time.monotonic() - terminated_s < 5
 
 
 async def test_an_address_in_use_is_reported(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from gateway_parts import LIMITS, details_of, refusal, running_gateway, until
 from quire.cluster.gateway.main import GatewayBounds
 from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink, SchedulerStream
 from quire.common.errors import InternalError, Overloaded, Unavailable
-from quire.common.messages import Cancel, Hello, SamplingState, SequenceStart, Submit
+from quire.common.messages import PROTOCOL_VERSION, Cancel, Hello, SamplingState, SequenceStart, Submit, Welcome
 from quire.v1.inference_pb2 import GenerateRequest
 
 NEVER_ENDS = Script([5], ends=False)
@@ -161,3 +161,37 @@ async def test_a_link_that_closes_cancels_what_is_in_flight() -> None:
         await link.close()
         assert (await scheduler.wait_for(Cancel)).request_id == "a"
         assert reason_of(stream) == "CANCELLED"
+
+
+async def test_a_welcome_of_another_session_means_that_everything_is_lost() -> None:
+    """The scheduler gave the gateway up, because it did not take its messages, and has forgotten its requests."""
+    scheduler = FakeScheduler(script=lambda _: NEVER_ENDS)
+    async with linked(scheduler) as link:
+        running = link.submit(submit("a"))
+        await running.wait()
+        await scheduler.welcome()  # of the same session: only the limits changed
+        scheduler.on_submit = lambda *_: None
+        silent = link.submit(submit("b"))
+        await scheduler.wait_for(Submit, count=2)
+        assert not running.is_over
+        scheduler.session += 1
+        await scheduler.welcome()
+        for stream in (running, silent):
+            await stream.wait_until_over()
+            assert isinstance(stream.error, Unavailable)
+            assert reason_of(stream) == "SCHEDULER_LOST"
+        await scheduler.wait_for(Cancel, count=2)  # the new session may have taken what was on its way
+        assert {message.request_id for message in scheduler.of_kind(Cancel)} == {"a", "b"}
+        assert (link.is_up, link.num_requests, len(scheduler.of_kind(Hello))) == (True, 0, 1)
+        scheduler.on_submit = None
+        await link.submit(submit("c")).wait()
+
+
+async def test_cancels_that_wait_to_leave_outlive_a_session() -> None:
+    scheduler = FakeScheduler(script=lambda _: NEVER_ENDS)
+    async with linked(scheduler) as link:
+        stream = link.submit(submit("a"))
+        await stream.wait()
+        link.cancel(stream, reason="test")
+        link._on_welcome(Welcome(PROTOCOL_VERSION, scheduler.scheduler_id, LIMITS, scheduler.session + 1))
+        assert (await scheduler.wait_for(Cancel)).request_id == "a"

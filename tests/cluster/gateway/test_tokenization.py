@@ -150,6 +150,26 @@ def test_special_tokens_in_tools_stay_text() -> None:
     assert json.dumps(tool) in rendered
 
 
+@pytest.mark.parametrize("make", [small_tokenizers.chatml, small_tokenizers.roles_as_tokens])
+def test_escapes_of_private_characters_in_a_conversation_stay(make: Callable[[], dict[str, bytes]]) -> None:
+    """Such a character is put into risky texts before rendering, and taken out afterwards, also where tojson has escaped it."""
+    model = load(make)
+    content = r"a < b: \ue000 \ue002 \uE001 \ue0 " + "\ue001\ue003 <"
+    ids, rendered = encode_chat(model, [{"role": "user", "content": content}])
+    assert content in rendered
+    assert content in model.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("is_ascii", [False, True])
+def test_escapes_of_private_characters_in_tools_stay(is_ascii: bool) -> None:
+    files = small_tokenizers.chatml()
+    files["chat_template.jinja"] = b"{{ tools | tojson(ensure_ascii=%s) }}" % str(is_ascii).encode()
+    model = load_served_model(model_entry(files), files)
+    tool = {"name": "<|im_end|>", "x": r"\ue000", "y": "\ue001", "z": "\\<|im_end|>"}
+    _, rendered = encode_chat(model, [{"role": "user", "content": "hi"}], tools=[tool])
+    assert rendered == json.dumps([tool], ensure_ascii=is_ascii)
+
+
 @pytest.mark.parametrize("role", ["endoftext", "im_start", "<|im_end|>"])
 def test_a_role_that_would_make_a_special_token_is_refused(role: str) -> None:
     with pytest.raises(InvalidRequest, match="role"):

@@ -1,6 +1,7 @@
 """One validator: what is honoured, what is refused, and with which words."""
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +10,22 @@ from fake_scheduler import demo_files, model_entry
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from quire.cluster.gateway.request_fields import HONOURED, REFUSED, refuse_unsupported
+from quire.cluster.gateway.request_fields import HONOURED, MAX_ENTRIES, REFUSED, refuse_unsupported
 from quire.cluster.gateway.served_model import ServedModel, load_served_model
-from quire.cluster.gateway.validation import ChatPrompt, CheckedFields, LengthLimit, ResolvedRequest, check_fields, length_limit, resolve
+from quire.cluster.gateway.validation import (
+    ChatPrompt,
+    CheckedFields,
+    LengthLimit,
+    ResolvedRequest,
+    check_fields,
+    length_limit,
+    request_id_of,
+    resolve,
+)
 from quire.common.errors import InvalidRequest, NotSupported, QuireError
 from quire.common.messages import SamplingState
 from quire.v1 import inference_pb2
-from quire.v1.inference_pb2 import GenerateRequest, OutputParams, SamplingParams, StoppingParams, TokenIds
+from quire.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, OutputParams, SamplingParams, StoppingParams, TokenIds
 
 LIMIT = LengthLimit(100, "max_model_len")
 
@@ -33,7 +43,8 @@ def served(**settings: Any) -> ServedModel:
 def check(model: ServedModel, **fields: Any) -> CheckedFields:
     if not {"text", "chat", "token_ids"} & fields.keys():
         fields["text"] = "hello"
-    return check_fields(GenerateRequest(**fields), model)
+    request = GenerateRequest(**fields)
+    return check_fields(request, model, request_id=request_id_of(request))
 
 
 def resolved(model: ServedModel, num_prompt_tokens: int = 10, **fields: Any) -> ResolvedRequest:
@@ -158,10 +169,62 @@ def test_a_penalty_of_the_models_own_is_refused_too_and_says_so() -> None:
     check(penalized, sampling=SamplingParams(repetition_penalty=1))
 
 
+# -- fields that this server has no name for --------------------------------------------------------------------------
+
+
+def with_unknown(message: Message, number: int, *, count: int = 1) -> Any:
+    """The same message as a newer client sends it: with `count` fields of a number that ours does not have."""
+    tag = number << 3
+    return type(message).FromString(message.SerializeToString() + (bytes([tag & 0x7F | 0x80, tag >> 7]) + b"\x01") * count)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message", "field"),
+    [
+        (with_unknown(GenerateRequest(text="x"), 99), "the request has a field of number 99", None),
+        (with_unknown(GenerateRequest(text="x"), 99, count=1_000_000), "the request has a field of number 99", None),
+        (GenerateRequest(text="x", sampling=with_unknown(SamplingParams(top_k=3), 1000)), "sampling has .* 1000", "sampling"),
+        (
+            GenerateRequest(chat=Chat(messages=[ChatMessage(role="user"), with_unknown(ChatMessage(role="user"), 77)])),
+            "chat.messages has a field of number 77, which this server does not know; leave it unset",
+            "chat.messages",
+        ),
+    ],
+    ids=range(4),
+)
+def test_a_field_without_a_name_is_refused_by_its_number(
+    model: ServedModel, request_: GenerateRequest, message: str, field: str | None
+) -> None:
+    with pytest.raises(NotSupported, match=message) as refused:
+        check_fields(request_, model, request_id="r")
+    assert (refused.value.reason, refused.value.field) == ("UNKNOWN_FIELD", field)
+
+
+def test_the_advice_names_a_value_as_the_client_writes_it(model: ServedModel) -> None:
+    for fields, advice in (
+        ({"priority": inference_pb2.PRIORITY_HIGH}, "priority is not supported yet; leave it unset or set it to PRIORITY_NORMAL"),
+        ({"n": 2}, "leave it unset or set it to 1$"),
+        ({"adapter": "a"}, "leave it unset$"),
+        ({"output": OutputParams(echo_prompt=True)}, "leave it unset or set it to False$"),
+    ):
+        with pytest.raises(NotSupported, match=advice):
+            check(model, **fields)
+
+
 # -- limits -----------------------------------------------------------------------------------------------------------
 
-CHAT = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
-MANY = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user")] * 2049)
+
+def nested(depth: int) -> str:
+    """A JSON object so many levels deep."""
+    return '{"a":' + "[" * (depth - 1) + "]" * (depth - 1) + "}"
+
+
+def calls(*tool_calls_json: str) -> ChatMessage:
+    return ChatMessage(role="assistant", tool_calls_json=tool_calls_json)
+
+
+CHAT = Chat(messages=[ChatMessage(role="user", content="hi")])
+MANY = Chat(messages=[ChatMessage(role="user")] * 2049)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +254,21 @@ MANY = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user")] * 20
         ({"token_ids": TokenIds(ids=[1] * 2049)}, r"prompt has 2049 tokens; this model takes 2048 \(max_model_len\); shorten it", None),
         ({"token_ids": TokenIds(ids=[1]), "parse_special_tokens": True}, "is for text prompts", "parse_special_tokens"),
         ({"chat": CHAT, "add_special_tokens": True}, "is for text prompts", "add_special_tokens"),
-        ({"chat": inference_pb2.Chat()}, "chat.messages has 0 entries", "chat.messages"),
+        ({"chat": Chat()}, "chat.messages has 0 entries", "chat.messages"),
         ({"chat": MANY}, "chat.messages has 2049 entries", "chat.messages"),
-        ({"chat": inference_pb2.Chat(messages=[inference_pb2.ChatMessage()])}, "a role has 0 characters", "chat.messages.role"),
-        ({"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=["{}"] * 129)}, "129 entries", "chat.tools_json"),
-        ({"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=["["])}, "not a JSON object", "chat.tools_json"),
-        ({"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=["[1]"])}, "not a JSON object", "chat.tools_json"),
-        ({"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=["[" * 9000])}, "not a JSON object", "chat.tools_json"),
+        ({"chat": Chat(messages=[ChatMessage()])}, "a role has 0 characters", "chat.messages.role"),
+        ({"chat": Chat(messages=CHAT.messages, tools_json=["{}"] * 129)}, "129 entries", "chat.tools_json"),
+        ({"chat": Chat(messages=CHAT.messages, tools_json=["["])}, "not a JSON object", "chat.tools_json"),
+        ({"chat": Chat(messages=CHAT.messages, tools_json=["[1]"])}, "not a JSON object", "chat.tools_json"),
+        ({"chat": Chat(messages=CHAT.messages, tools_json=["[" * 9000])}, "more than 64 levels deep", "chat.tools_json"),
+        ({"chat": Chat(messages=CHAT.messages, tools_json=[nested(65)])}, "more than 64 levels deep", "chat.tools_json"),
+        ({"chat": Chat(messages=[calls(nested(600))])}, "more than 64 levels deep", "chat.messages.tool_calls_json"),
+        ({"chat": Chat(messages=[calls(*["{}"] * 129)])}, "129 entries; it takes 128", "chat.messages.tool_calls_json"),
+        ({"chat": Chat(messages=[calls(*["{}"] * 128)] * 33)}, "4224 tool calls; it takes 4096", "chat.messages.tool_calls_json"),
+        *[
+            ({"chat": Chat(messages=[ChatMessage(**({"role": "tool"} | {name: "x" * 16385}))])}, "chat has 163", "chat")
+            for name in ("role", "content", "name", "tool_call_id")
+        ],
     ],
 )
 def test_values_outside_their_limits_are_refused_with_the_numbers(
@@ -208,9 +279,48 @@ def test_values_outside_their_limits_are_refused_with_the_numbers(
     assert refused.value.field == field
 
 
+def test_json_of_the_greatest_depth_is_taken(model: ServedModel) -> None:
+    prompt = check(model, chat=Chat(messages=[calls(nested(64))])).prompt
+    assert isinstance(prompt, ChatPrompt)
+
+
+def test_every_repeated_field_that_is_honoured_has_a_bound() -> None:
+    repeated = {path for path, way in PATHS.items() if path in HONOURED and way[-1].is_repeated}
+    assert repeated == MAX_ENTRIES.keys() | {"token_ids.ids"}
+
+
+LARGEST = 4 * 2**20  # bytes of a request
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (GenerateRequest(chat=Chat(messages=[ChatMessage()] * (LARGEST // 2))), "2097152 entries"),
+        (GenerateRequest(chat=Chat(tools_json=[""] * (LARGEST // 2))), "2097152 entries"),
+        (GenerateRequest(chat=Chat(messages=[calls(*[""] * (LARGEST // 2))])), "2097152 entries"),
+        (GenerateRequest(token_ids=TokenIds(ids=[1] * LARGEST)), "4194304 tokens"),
+        (GenerateRequest(text="x", stopping=StoppingParams(stop_strings=[""] * (LARGEST // 2))), "2097152 entries"),
+        (GenerateRequest(text="x", stopping=StoppingParams(stop_token_ids=[1] * LARGEST)), "4194304 entries"),
+        (GenerateRequest(text="x", sampling=SamplingParams(bad_words=[""] * (LARGEST // 2))), "not supported"),
+        (GenerateRequest(text="x", sampling=SamplingParams(bad_token_ids=TokenIds(ids=[1] * LARGEST))), "not supported"),
+    ],
+    ids=range(8),
+)
+def test_a_request_of_millions_of_entries_is_refused_without_a_look_at_them(
+    model: ServedModel, request_: GenerateRequest, error: str
+) -> None:
+    def measure_s() -> float:
+        started_s = time.thread_time()
+        with pytest.raises(QuireError, match=error):
+            check_fields(request_, model, request_id="r")
+        return time.thread_time() - started_s
+
+    assert min(measure_s() for _ in range(3)) < 0.005  # 0.00002 s on a 2-core x86 machine; a look at them takes 0.5 s
+
+
 def test_a_request_without_a_prompt_is_refused(model: ServedModel) -> None:
     with pytest.raises(InvalidRequest, match="no prompt"):
-        check_fields(GenerateRequest(), model)
+        check_fields(GenerateRequest(), model, request_id="r")
 
 
 @pytest.mark.parametrize(
@@ -274,8 +384,8 @@ def test_a_turn_without_content_has_none_if_it_calls_tools_and_is_empty_if_not(m
         ({"tool_calls_json": [call], "content": "a"}, "a"),
         ({}, ""),
     ):
-        message = inference_pb2.ChatMessage(role="assistant", **fields)
-        prompt = check(model, chat=inference_pb2.Chat(messages=[message])).prompt
+        message = ChatMessage(role="assistant", **fields)
+        prompt = check(model, chat=Chat(messages=[message])).prompt
         assert isinstance(prompt, ChatPrompt)
         assert prompt.messages[0]["content"] == content
 
@@ -291,7 +401,7 @@ def test_an_error_never_quotes_what_the_client_wrote(model: ServedModel) -> None
         {"cache_salt": secret},
         {"request_id": secret},
         {"stopping": StoppingParams(stop_strings=[secret * 100])},
-        {"chat": inference_pb2.Chat(messages=CHAT.messages, tools_json=[secret])},
+        {"chat": Chat(messages=CHAT.messages, tools_json=[secret])},
         {"text": secret * 5000},
     ):
         with pytest.raises(QuireError) as refused:
