@@ -63,7 +63,7 @@ def _lines(*, interactive: bool) -> Iterator[str]:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     with contextlib.suppress(ImportError):  # line editing, where Python has it
-        import readline  # noqa: F401
+        import readline  # noqa: F401 - importing it is what gives input() its line editing
     while True:
         try:
             line = input("> ").strip()

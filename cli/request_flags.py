@@ -124,5 +124,5 @@ def request_options(args: argparse.Namespace) -> GenerateOptions:
     for flag in FLAGS:
         value = getattr(args, f"request_{flag.option}", None)
         if value is not None:
-            options[flag.option] = dict(value) if flag.convert is _bias else value  # type: ignore[literal-required]
+            options[flag.option] = dict(value) if flag.convert is _bias else value  # type: ignore[literal-required]  # FLAGS has only its keys; a test compares
     return options

@@ -240,7 +240,7 @@ def check_token_ids(token_ids: Sequence[int], *, below: int, field: str, what: s
 
 def check_name(request: inference_pb2.GenerateRequest, field: str) -> str | None:
     """A field that names something; None when it is not set."""
-    if not request.HasField(field):  # type: ignore[arg-type]
+    if not request.HasField(field):  # type: ignore[arg-type]  # the stubs take literal names only
         return None
     value: str = getattr(request, field)
     if _NAME.fullmatch(value) is None:
@@ -327,7 +327,7 @@ def _check_enum(request: inference_pb2.GenerateRequest) -> None:
 def _sampling(given: inference_pb2.SamplingParams, model: ServedModel) -> SamplingState:
     def pick(name: str, neutral: float) -> float:
         for source in (given, model.default_sampling):
-            if source.HasField(name):  # type: ignore[arg-type]
+            if source.HasField(name):  # type: ignore[arg-type]  # the stubs take literal names only
                 return float(getattr(source, name))
         return neutral
 
