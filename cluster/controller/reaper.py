@@ -1,8 +1,9 @@
 """The last one out: a process that outlives `quire serve` by seconds, and ends and removes what kill -9 of it leaves.
 
 Our own children die with their parents (common/child_process.py), and most of Ray's daemons notice too; its two agents were
-seen to stay for ever (Ray 2.60). Everything that a local cluster starts inherits one mark in its environment, by which it is
-found here. Where there is no /proc, nothing is found.
+seen to stay (Ray 2.60). Everything that a local cluster starts inherits a mark in its environment, and Ray's processes the
+run's folder as their working folder; by either they are found here. The mark alone is not enough: Ray's agents write their
+titles over it. Where there is no /proc, nothing is found.
 """
 
 import contextlib
@@ -43,26 +44,28 @@ def start_reaper(folder: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-def marked_processes(folder: str) -> list[int]:
-    """The processes with this mark that we may look at, zombies left out."""
+def marked_processes(folder: str, *, but: int = 0) -> list[int]:
+    """The processes of this run that we may look at, zombies and the process `but` left out."""
     entry = f"{MARK}={folder}".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if entry in (process / "environ").read_bytes().split(b"\0"):
+            is_marked = entry in (process / "environ").read_bytes().split(b"\0")
+            if (is_marked or os.readlink(process / "cwd").startswith(f"{folder}/")) and int(process.name) != but:
                 found.append(int(process.name))
     return found
 
 
 def main(folder: str) -> None:
+    parent_pid = os.getppid()  # it may be in the folder too, and waits for us where it ends in order
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends everything of ours must not end this first
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent_said = sys.stdin.buffer.read()
     deadline_s = time.monotonic() + GRACE_S
-    while marked_processes(folder) and time.monotonic() < deadline_s:
+    while marked_processes(folder, but=parent_pid) and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
     deadline_s = time.monotonic() + KILL_TIMEOUT_S
-    while (left := marked_processes(folder)) and time.monotonic() < deadline_s:  # again: some start others meanwhile
+    while (left := marked_processes(folder, but=parent_pid)) and time.monotonic() < deadline_s:  # again: some start others meanwhile
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tiny_models import DEMO_MODEL
 from quire.client import Client
 from quire.common.errors import NotFound, QuireError, Unavailable
 
-GONE_TIMEOUT_S = 40.0
+GONE_TIMEOUT_S = 20.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -114,13 +115,16 @@ def test_a_drained_group_finishes_its_streams_and_the_edge_stays_and_says_so(tmp
 
 
 def test_the_demo_runs_and_leaves_nothing(tmp_path: Path) -> None:
-    tag = {"QUIRE_TEST_TAG": str(tmp_path)}
+    temporary = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: paths of sockets are
+    environ = {**os.environ, "QUIRE_TEST_TAG": str(tmp_path), "TMPDIR": str(temporary)}
     command = [sys.executable, "-P", "-m", "quire.cli.main", "demo"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **tag}, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environ, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "afterwards none" in result.stdout
     assert len([line for line in result.stdout.splitlines() if re.match(r" +\d +\d+ +[\d.]+ +\d+ +96 ", line)]) == 8
-    wait_for(lambda: not tagged_processes("QUIRE_TEST_TAG", str(tmp_path)), timeout_s=GONE_TIMEOUT_S)
+    wait_for(lambda: not tagged_processes("QUIRE_TEST_TAG", str(tmp_path), folder=temporary), timeout_s=GONE_TIMEOUT_S)
+    assert not list(temporary.glob("quire-*"))
+    shutil.rmtree(temporary)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class ServeProcess:
 
     def processes(self) -> dict[int, str]:
         """Everything alive that was started by it, at any remove: process id and command line."""
-        return tagged_processes(_TAG, self.tag)
+        return tagged_processes(_TAG, self.tag, folder=self.temporary)
 
     def process_of(self, module: str) -> int:
         """The process id of the one process that runs this module."""
@@ -91,14 +91,18 @@ class ServeProcess:
             time.sleep(POLL_S)
 
 
-def tagged_processes(name: str, value: str) -> dict[int, str]:
-    """The processes that started with this environment variable: process id and command line."""
+def tagged_processes(name: str, value: str, *, folder: Path) -> dict[int, str]:
+    """The processes that started with this environment variable or work below this folder: process id and command line.
+
+    The variable alone would miss some: Ray's agents write their titles over it.
+    """
     found: dict[int, str] = {}
-    for folder in Path("/proc").iterdir():
+    for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            pid = int(folder.name)
-            if f"{name}={value}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found[pid] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            pid = int(process.name)
+            is_tagged = f"{name}={value}".encode() in (process / "environ").read_bytes().split(b"\0")
+            if is_tagged or os.readlink(process / "cwd").startswith(f"{folder}/"):
+                found[pid] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
 
 
