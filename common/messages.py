@@ -150,15 +150,22 @@ class Chunk(_Part, frozen=True):
 class StepPlan(_Message, frozen=True):
     """One forward pass of a group, as differences to the one before. Every rank gets the same plan.
 
-    A rank performs, in this order: remove_rows, add_rows, grow, forks, cow copies, wait_copies, swap_in, the forward pass
-    over `chunks` and then over the sticky rows by ascending row, sampling, and after the forward swap_out.
+    A rank performs, in this order: remove_rows, add_rows, forks, append, grow, hold_rows, cow copies, swap_in (starts),
+    wait_copies, the forward pass over `chunks` and then over the sticky rows by ascending row, sampling, and after the
+    forward swap_out (starts). StepAck.copies_done says when a copy has ended; until then the scheduler gives away neither
+    of its blocks, and no plan reads what it writes.
 
     Sticky rows: a row that has been sampled once decodes one token in every following plan until it is removed or held.
     The token that it decodes is the one sampled last, at position len(tokens) - 1; its slot is in the row's block table.
 
     samples: (source, row): the logits of `source`'s last token are sampled into `row`. A last chunk's row names itself
              here; with n > 1 one source feeds several rows, which `forks` gave its state.
-    hold_rows: a row >= 0 stops decoding until ~row (its bitwise complement, negative) releases it.
+    hold_rows: a row >= 0 stops decoding until ~row (its bitwise complement, negative) releases it. A fork is not held.
+    wait_copies: copies, of this plan's swap_in or of earlier plans, that must end before the forward pass; so this step's ack has them.
+
+    Beams: a row with num_beam_candidates draws nothing, its sample has a count of 0 and candidates in the result. It is held
+    from the plan that adds or forks it on; the next plan appends the token that the scheduler chose for it, and computes it
+    as a chunk of one token with is_last.
     """
 
     term: int
@@ -182,6 +189,8 @@ class StepPlan(_Message, frozen=True):
     debug_checksum: bool = False
     grammars: tuple[tuple[int, Grammar], ...] = ()  # (grammar_id, the form): known to the ranks from this plan on
     forget_grammars: tuple[int, ...] = ()
+    append_rows: tuple[int, ...] = ()  # with append_ids: append this token, chosen by the scheduler, to this row
+    append_ids: tuple[int, ...] = ()
 
 
 class RowErrorCode(enum.IntEnum):
@@ -200,7 +209,7 @@ class StepResult(_Message, frozen=True):
 
     term: int
     step_id: int
-    counts: tuple[int, ...] = ()  # tokens per sample: 1, 0 after a row error, more with drafts
+    counts: tuple[int, ...] = ()  # tokens per sample: 1, 0 after a row error or for a beam, more with drafts
     token_ids: tuple[int, ...] = ()  # flat, `counts` of them per sample
     logprobs: tuple[tuple[int, Logprobs], ...] = ()  # (index of the sample, of its tokens), for samples that ask
     prompt_logprobs: tuple[tuple[int, Logprobs], ...] = ()  # (index of the chunk, of its tokens but the sequence's first)
@@ -221,6 +230,7 @@ class StepAck(_Message, frozen=True):
     error: str = ""  # not empty: the rank cannot go on and exits
     checksum: int = 0
     gauges: dict[str, float] = {}
+    copies_failed: tuple[int, ...] = ()  # copies that ended without success; their target's contents are undefined
 
 
 RankUp = RankHello | StepResult | StepAck

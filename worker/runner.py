@@ -15,7 +15,7 @@ from quire.worker.models.transformers_model import TransformersModel
 from quire.worker.step_inputs import build_step_inputs
 
 # Parts of a plan that no code here honours yet.
-_UNSUPPORTED = ("swap_out", "swap_in", "wait_copies", "draft_rows", "draft_ids", "grammars")
+_UNSUPPORTED = ("swap_out", "swap_in", "wait_copies", "draft_rows", "draft_ids", "grammars", "append_rows", "append_ids")
 
 
 class Runner:
@@ -56,8 +56,8 @@ class Runner:
         batch = self.batch
         batch.remove(plan.remove_rows)
         batch.add(plan.add_rows)
-        batch.grow(plan.grow_rows, plan.grow_block_ids)
         batch.fork(plan.forks)
+        batch.grow(plan.grow_rows, plan.grow_block_ids)
         batch.hold(plan.hold_rows)
         decoding = batch.decoding_rows()
         self._copy_on_write(plan.cow)
