@@ -161,7 +161,8 @@ class StepPlan(_Message, frozen=True):
     samples: (source, row): the logits of `source`'s last token are sampled into `row`. A last chunk's row names itself
              here; with n > 1 one source feeds several rows, which `forks` gave its state.
     hold_rows: a row >= 0 stops decoding until ~row (its bitwise complement, negative) releases it. A fork is not held.
-    wait_copies: copies, of this plan's swap_in or of earlier plans, that must end before the forward pass; so this step's ack has them.
+    wait_copies: copies, of this plan's swap_in or of earlier plans, that must end before the forward pass; so this step's ack has
+                 them at the latest. Those that have ended before are no news.
 
     Beams: a row with num_beam_candidates draws nothing, its sample has a count of 0 and candidates in the result. It is held
     from the plan that adds or forks it on; the next plan appends the token that the scheduler chose for it, and computes it

@@ -132,6 +132,9 @@ class BlockPool:
             found.append(block_id)
         return found
 
+    def knows(self, block_hash: bytes) -> bool:
+        return block_hash in self._block_of
+
     def num_unheld(self, block_ids: Iterable[int]) -> int:
         """How many of these are cached and not held: forking them takes that many from `num_available`."""
         return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)

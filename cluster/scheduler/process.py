@@ -139,11 +139,11 @@ class SchedulerProcess:
         match message:
             case RankHello():
                 log.info("rank %r is there under term %d with %d blocks", peer.decode(), message.term, message.num_gpu_blocks)
-                self._scheduler.rank_hello(message)
+                self._scheduler.rank_hello(message, self._clock())
             case StepResult():
                 self._scheduler.apply(group_id, message, self._clock())
             case StepAck():
-                self._scheduler.ack(group_id, message)
+                self._scheduler.ack(group_id, message, self._clock())
         # The ranks must not wait while other messages are handled. Tokens leave with the turn's end.
         self._send_plans(group_id, self._clock())
 
@@ -152,9 +152,9 @@ class SchedulerProcess:
         match message:
             case AttachGroup():
                 _warn_of_version(peer, message.version)
-                self._scheduler.attach(message)
+                self._scheduler.attach(message, self._clock())
             case DetachGroup():
-                self._scheduler.detach(message)
+                self._scheduler.detach(message, self._clock())
             case DrainGroup():
                 self._scheduler.drain(message)
             case StatusRequest():

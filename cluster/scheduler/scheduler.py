@@ -5,14 +5,20 @@ The process around it (process.py) feeds it messages, sends what it asks for, an
     send(scheduler.next_plan(group_id, now_s)); scheduler.apply(receive())        one plan ahead
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from quire.cluster.scheduler.group import Group, NewToken
-from quire.cluster.scheduler.request import Request, RequestState, Sequence
+import msgspec
+
+from quire.cluster.scheduler.admission import refusal
+from quire.cluster.scheduler.applied import Applied
+from quire.cluster.scheduler.beam_search import BeamSearchState, num_candidates
+from quire.cluster.scheduler.dispatcher import Dispatcher
+from quire.cluster.scheduler.group import Group, Note
+from quire.cluster.scheduler.request import Request, RequestState, Sequence, SequenceEnd
+from quire.cluster.scheduler.timers import Timers
 from quire.cluster.scheduler.waiting_queue import WaitingQueue
 from quire.common.errors import StatusCode
 from quire.common.messages import (
@@ -32,7 +38,9 @@ from quire.common.messages import (
     GroupLost,
     GroupReady,
     Hello,
+    Logprobs,
     ModelLimits,
+    PromptLogprobs,
     QueueStatus,
     RankHello,
     Rejected,
@@ -49,19 +57,33 @@ from quire.common.messages import (
     Welcome,
 )
 
-# Deadlines of requests that have ended may stay in the heap up to so many beyond twice the live ones.
-MAX_ENDED_DEADLINES: Final = 1000
+# A request that ran on so many groups when they died is not given a further one: it may be what kills them.
+MAX_GROUP_DEATHS: Final = 3
+
+_ROW_ERRORS: Final = {
+    RowErrorCode.NOT_FINITE: "the model gave no finite probabilities; the weights or the number format may be at fault",
+    RowErrorCode.NO_ALLOWED_TOKEN: "every token is forbidden by the request's own limits",
+    RowErrorCode.GRAMMAR: "the grammar cannot go on",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Settings of the scheduler."""
+    """Settings of the scheduler. Times are in seconds."""
 
     scheduler_id: str  # a new one per process, so that gateways notice a restart
     max_waiting_requests: int = 4096
     max_waiting_tokens: int = 8_000_000
-    step_timeout_s: float = 60.0  # a group whose oldest plan is older than this is lost
+    ageing_s: float = 10.0  # a waiting request rises one class per so much
+    patience_s: float = 60.0  # a request is overtaken, within its class and tenant, only by those that came at most so much later
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)  # 1 for those that are not named
+    # A group whose oldest plan is older than step_timeout_factor times what such a step takes is lost, but not before
+    # min_step_timeout_s; first_step_timeout_s holds while that is not known, and for steps with copies.
+    min_step_timeout_s: float = 2.0
+    step_timeout_factor: float = 5.0
+    first_step_timeout_s: float = 60.0
     heartbeat_s: float = 5.0  # an idle group gets an empty plan this often; a third of the ranks' lease
+    unserved_timeout_s: float = 60.0  # how long requests wait for a model whose last group was lost
     retry_after_s: float = 1.0  # what clients are told to wait when a queue is full or no group serves
 
 
@@ -79,16 +101,29 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.groups: dict[str, Group] = {}
-        self.queue = WaitingQueue(max_requests=config.max_waiting_requests, max_tokens=config.max_waiting_tokens)
+        self.queue = WaitingQueue(
+            max_requests=config.max_waiting_requests,
+            max_tokens=config.max_waiting_tokens,
+            ageing_s=config.ageing_s,
+            patience_s=config.patience_s,
+            tenant_weights=config.tenant_weights,
+        )
+        self._dispatcher = Dispatcher(self.queue, self.groups)
         self._gateways: dict[bytes, int] = {}  # with the number of its session
         self._num_sessions = 0
         self._by_key: dict[tuple[bytes, str], Request] = {}  # not ended; one attempt of each
         self._by_handle: dict[int, Request] = {}  # the same ones
-        self._deadlines: list[
-            tuple[float, int]
-        ] = []  # heap of (deadline_s, handle); ended ones go when they surface, or when they are many
+        self._deadlines = Timers(lambda _, handle: handle in self._by_handle)
+        self._unserved_since_s: dict[str, float] = {}  # by model
         self._next_handle = 0
         self._outbox = Outbox()
+        self._note: Note | None = None
+
+    def listen(self, note: Note) -> None:
+        """Have `note` called with (handle, what happened and why). For stories and debugging: it costs time."""
+        self._note = self._dispatcher.note = note
+        for group in self.groups.values():
+            group.note = note
 
     def take_outbox(self) -> Outbox:
         """What is to be sent since the last call."""
@@ -106,7 +141,7 @@ class Scheduler:
         """Nobody reads this gateway's answers any more: its requests end."""
         self._gateways.pop(gateway, None)
         for request in [request for request in self._by_key.values() if request.gateway == gateway]:
-            self._end(request)
+            self._end(request, "its gateway is gone")
 
     def submit(self, gateway: bytes, message: Submit, now_s: float) -> None:
         """Queue a request, or say at once that it cannot be taken. A higher attempt supersedes a lower one of the same id."""
@@ -120,78 +155,73 @@ class Scheduler:
             if former.submit.attempt >= message.attempt:
                 self._reject(gateway, message, StatusCode.ALREADY_EXISTS, "REQUEST_ID_IN_USE", "a request with this id is in flight")
                 return
-            self._end(former)
-        refusal = self._refusal(message)
-        if refusal is not None:
-            self._to_gateway(gateway, refusal)
+            self._end(former, "a higher attempt supersedes it")
+        refused = refusal(message, self._serving(message.model), self.queue, retry_after_s=self.config.retry_after_s)
+        if refused is not None:
+            self._to_gateway(gateway, refused)
             return
-        start = message.sequences[0]
-        token_ids = [*message.prompt_ids, *start.resumed_ids]
-        handle = self._next_handle
-        self._next_handle += 1
-        sequence = Sequence(
-            handle=handle,
-            index=start.index,
-            prompt_len=len(token_ids),
-            token_ids=token_ids,
-            max_tokens=message.max_tokens,
-            num_prompt_tokens=len(message.prompt_ids),
-            sampling=message.sampling,
-            cache_root=message.cache_root,
-        )
-        request = Request(
-            handle=handle,
-            gateway=gateway,
-            submit=message,
-            arrival_s=now_s - message.age_s,
-            deadline_s=now_s + message.time_left_s,
-            sequence=sequence,
-        )
+        request = self._new_request(gateway, message, now_s)
         self._by_key[request.key] = request
-        self._by_handle[handle] = request
-        heapq.heappush(self._deadlines, (request.deadline_s, handle))
-        if len(self._deadlines) > 2 * len(self._by_handle) + MAX_ENDED_DEADLINES:
-            self._deadlines = [(live.deadline_s, live.handle) for live in self._by_handle.values()]
-            heapq.heapify(self._deadlines)
-        self.queue.push(request)
-        self._to_gateway(gateway, Accepted(message.request_id, message.attempt, handle))
+        self._by_handle[request.handle] = request
+        self._deadlines.add(request.deadline_s, request.handle, num_live=len(self._by_handle))
+        self.queue.open_account(message.tenant)
+        self._enqueue(request, now_s)
+        self._to_gateway(gateway, Accepted(message.request_id, message.attempt, request.handle))
+        if self._note:
+            what = f"{len(message.prompt_ids)} prompt tokens, at most {message.max_tokens} more, {request.num_rows} sequences"
+            self._note(request.handle, f"{message.request_id!r} arrives: {what}, class {message.priority}, tenant {message.tenant!r}")
 
     def finish(self, gateway: bytes, message: Finish, now_s: float) -> None:
         """The gateway saw the end of a sequence (a stop string) that token ids alone do not show."""
-        request = self._by_key.get((gateway, message.request_id))
-        if request is not None and request.submit.attempt == message.attempt:
-            self._finish(request, EndReason.STOP, stop_id=None, num_completion_tokens=message.kept_tokens, now_s=now_s)
+        sequence = self._sequence(gateway, message.request_id, message.attempt, message.sequence)
+        if sequence is not None and sequence.request.beam is None:
+            self._finish(SequenceEnd(sequence, EndReason.STOP, None, message.kept_tokens), now_s)
 
     def cancel(self, gateway: bytes, message: Cancel) -> None:
-        """End a request without an answer. Unknown ones are ignored: the end may have crossed this on the wire."""
+        """End a request, or one sequence of it, without an answer. Unknown ones are ignored: the end may have crossed this on the
+        wire."""
         request = self._by_key.get((gateway, message.request_id))
-        if request is not None and request.submit.attempt == message.attempt:
-            self._end(request)
+        if request is None or request.submit.attempt != message.attempt:
+            return
+        if message.sequence is None or request.beam is not None:
+            self._end(request, f"cancelled: {message.reason}")
+            return
+        sequence = self._sequence(gateway, message.request_id, message.attempt, message.sequence)
+        if sequence is None:
+            return
+        if len(request.sequences) == 1:
+            self._end(request, f"its last sequence is cancelled: {message.reason}")
+        else:
+            self._end_sequence(sequence)
 
     # -- controller ---------------------------------------------------------------------------------------------------
 
-    def attach(self, message: AttachGroup) -> None:
+    def attach(self, message: AttachGroup, now_s: float) -> None:
         """Plan for this group from now on, once its ranks have said hello. A higher term replaces a lower one."""
         former = self.groups.get(message.group_id)
         if former is not None:
             if former.term >= message.term:
                 return
-            self._fail_requests(former)
-        self.groups[message.group_id] = Group(message)
+            self._drop(former, now_s)
+        group = self.groups[message.group_id] = Group(message, ageing_s=self.config.ageing_s)
+        group.note = self._note
+        group.charge = lambda request, num_tokens: self.queue.charge(request.submit.tenant, num_tokens)
 
-    def detach(self, message: DetachGroup) -> None:
+    def detach(self, message: DetachGroup, now_s: float) -> None:
         """The group's term is over."""
         group = self.groups.get(message.group_id)
         if group is not None and group.term == message.term:
-            self._drop(group)
+            self._drop(group, now_s)
 
     def drain(self, message: DrainGroup) -> None:
         """Give the group nothing new; say GroupDrained when nothing is left."""
         group = self.groups.get(message.group_id)
         if group is not None and group.term == message.term:
             group.draining = True
+            self._dispatcher.is_due = True
             self._tell_limits()
-            self._fail_if_unserved(group.model)
+            if not self._serving(group.model):
+                self._fail_new(group.model)
             self._report_if_drained(group)
 
     def status(self, query_id: int, now_s: float) -> None:
@@ -203,7 +233,7 @@ class Scheduler:
             max_waiting=self.queue.max_requests,
             max_waiting_tokens=self.queue.max_tokens,
             oldest_wait_s=now_s - first.arrival_s if first else 0.0,
-            num_running_requests=sum(len(group.requests) for group in self.groups.values()),
+            num_running_requests=sum(len(group.running) for group in self.groups.values()),
             num_waiting_by_priority=tuple(sorted(Counter(request.submit.priority for request in self.queue.all()).items())),
         )
         groups = tuple(self.groups[group_id].status() for group_id in sorted(self.groups))
@@ -211,99 +241,128 @@ class Scheduler:
 
     # -- ranks --------------------------------------------------------------------------------------------------------
 
-    def rank_hello(self, message: RankHello) -> None:
+    def rank_hello(self, message: RankHello, now_s: float) -> None:
         """A rank is there. The group is ready when all are, and they agree on model, layout and version."""
         group = self.groups.get(message.group_id)
-        if group is None or message.term != group.term or group.is_ready:
+        if group is None or group.term != message.term or group.is_ready:
             return  # of a term that is over, or one that the controller has not told us of: its lease will end it
-        if (message.version, message.layout_version) != (PROTOCOL_VERSION, LAYOUT_VERSION):
-            self._lose(
-                group,
-                f"rank {message.rank} speaks version {message.version} with layout {message.layout_version}, "
-                f"this scheduler {PROTOCOL_VERSION} with {LAYOUT_VERSION}; run one version of Quire on all hosts",
-            )
-            return
-        if any(other.model_fingerprint != message.model_fingerprint for other in group.hellos.values()):
-            self._lose(group, f"rank {message.rank} holds another model than the ranks before it; give all hosts the same folder")
+        objection = _objection(group, message)
+        if objection:
+            self._lose(group, objection, now_s)
             return
         group.hello(message)
         if group.is_ready:
-            hellos = [group.hellos[rank] for rank in sorted(group.hellos)]
+            self._unserved_since_s.pop(group.model, None)
+            self._dispatcher.is_due = True
+            ranks = tuple((rank, h.device, h.host, h.pid) for rank, h in sorted(group.hellos.items()))
             self._outbox.to_controller.append(
                 GroupReady(
                     group_id=group.group_id,
                     term=group.term,
                     num_gpu_blocks=group.pool.num_blocks,
-                    num_cpu_blocks=group.num_cpu_blocks,
-                    block_bytes=message.block_bytes,
+                    num_cpu_blocks=group.cpu_pool.num_blocks,
+                    block_bytes=max(h.block_bytes for h in group.hellos.values()),
                     max_request_tokens=group.max_request_tokens,
-                    ranks=tuple((hello.rank, hello.device, hello.host, hello.pid) for hello in hellos),
+                    ranks=ranks,
                 )
             )
             self._tell_limits()
 
     def next_plan(self, group_id: str, now_s: float) -> StepPlan | None:
-        """The plan to send to the group's ranks now; None while there is nothing to do or two plans are on their way."""
-        group = self.groups[group_id]
-        if not group.may_plan():
+        """The plan to send to a group now; None while there is nothing to do, or enough was sent."""
+        group = self.groups.get(group_id)
+        if group is None or not group.may_plan():
             return None
-        group.retire_rows()
-        self._admit_waiting(group, now_s)
-        is_heartbeat_due = not group.outstanding and now_s - group.last_sent_s >= self.config.heartbeat_s
-        return group.plan(now_s) if group.has_work() or is_heartbeat_due else None
+        plan = None
+        if self._dispatcher.is_due or group.has_work():
+            for request in group.begin_step(now_s):
+                self._enqueue(request, now_s)
+            if group.swapped:
+                group.resume_swapped(now_s)
+            if self._dispatcher.is_due:
+                self._dispatcher.dispatch(now_s)
+            plan = group.finish_step(now_s)
+        if plan is None and not group.outstanding and now_s - group.last_sent_s >= self.config.heartbeat_s:
+            plan = group.heartbeat(now_s)
+        if plan is not None:
+            config = self.config
+            group.set_time_out(least_s=config.min_step_timeout_s, first_s=config.first_step_timeout_s, factor=config.step_timeout_factor)
+        return plan
 
     def apply(self, group_id: str, result: StepResult, now_s: float) -> None:
-        """Take in a step's result: tokens go to their gateways, sequences that reached their end finish."""
+        """Take in the result of a group's oldest plan."""
         group = self.groups.get(group_id)
         if group is None or result.term != group.term:
-            return  # late, from a term that is over
+            return
         objection = group.objection(result)
         if objection:
-            self._lose(group, objection)
+            self._lose(group, objection, now_s)
             return
-        applied = group.apply(result)
-        self._send_tokens(applied.tokens)
-        for sequence, code in applied.failed:
-            self._fail_row(self._by_handle[sequence.handle], RowErrorCode(code))
-        for token in applied.tokens:
-            request = self._by_handle[token.sequence.handle]
+        applied = group.apply(result, now_s)
+        for request in applied.first:
             if request.first_token_s is None:
                 request.first_token_s = now_s
-            self._finish_if_ended(request, token, now_s)
-        self._report_if_drained(group)
+                if self._note:
+                    self._note(request.handle, "has its first token")
+        for sequence, start, entry in applied.prompt_logprobs:
+            self._send_prompt_logprobs(sequence, start, entry)
+        for gateway, columns in applied.tokens_of.items():
+            self._to_gateway(gateway, columns.message())
+        if applied.ends or applied.failed or applied.beam_steps:
+            self._act_on(group, applied, now_s)
+        elif applied.has_resumable:
+            self._dispatcher.is_due = True
 
-    def ack(self, group_id: str, ack: StepAck) -> None:
+    def ack(self, group_id: str, ack: StepAck, now_s: float) -> None:
         """A rank has done a step, or says that it cannot go on."""
         group = self.groups.get(group_id)
-        if group is not None and ack.term == group.term and ack.error:
-            self._lose(group, f"rank {ack.rank} failed at step {ack.step_id}: {ack.error}")
+        if group is None or ack.term != group.term:
+            return
+        if ack.error:
+            self._lose(group, f"rank {ack.rank} failed at step {ack.step_id}: {ack.error}", now_s)
+        elif ack.copies_done or ack.copies_failed:
+            objection = group.copies.objection(ack.rank, (*ack.copies_done, *ack.copies_failed))
+            if objection:
+                self._lose(group, objection, now_s)
+                return
+            for request in group.acknowledged(ack):
+                request.num_preemptions += 1
+                request.preempted_at_s = now_s
+                self._enqueue(request, now_s)
+            self._dispatcher.is_due = True
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def tick(self, now_s: float) -> None:
-        """What time alone does: requests expire, groups that do not answer are lost."""
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, handle = heapq.heappop(self._deadlines)
-            request = self._by_handle.get(handle)
-            if request is not None:
-                waited = now_s - request.arrival_s
-                self._fail(
-                    request,
-                    StatusCode.DEADLINE_EXCEEDED,
-                    "DEADLINE_EXCEEDED",
-                    f"the deadline passed after {waited:.1f} s with {request.sequence.num_completion_tokens} tokens generated",
-                    retryable=False,
-                )
+        """What time alone does: requests expire or rise, groups that do not answer are lost, models stay unserved too long."""
+        while (handle := self._deadlines.pop_due(now_s)) is not None:
+            request = self._by_handle[handle]
+            num_tokens = request.num_completion_tokens + sum(sequence.num_completion_tokens for sequence in request.sequences)
+            text = f"the deadline passed after {now_s - request.arrival_s:.1f} s with {num_tokens} tokens generated"
+            self._fail(request, StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", text, retryable=False)
+        if self.queue.rise(now_s):
+            self._dispatcher.is_due = True
         for group in list(self.groups.values()):
-            if group.outstanding and now_s - group.outstanding[0].sent_s > self.config.step_timeout_s:
-                self._lose(group, f"step {group.outstanding[0].step_id} took longer than {self.config.step_timeout_s:g} s")
+            due_s = group.due_s()
+            if due_s is not None and now_s >= due_s:
+                sent = group.outstanding[0]
+                self._lose(group, f"step {sent.step_id} took longer than {sent.time_out_s:.3g} s", now_s)
+        for model, since_s in list(self._unserved_since_s.items()):
+            if now_s - since_s >= self.config.unserved_timeout_s:
+                del self._unserved_since_s[model]
+                self._fail_waiting(model, f"no worker group of model {model} came back in {self.config.unserved_timeout_s:g} s")
 
     def next_wake_s(self, now_s: float) -> float:
         """How long nothing will happen by time alone, in seconds from now."""
-        times = [self._deadlines[0][0]] if self._deadlines else []
+        times = [since_s + self.config.unserved_timeout_s for since_s in self._unserved_since_s.values()]
+        for due_s in (self._deadlines.next_due_s(), self.queue.next_rise_s()):
+            if due_s is not None:
+                times.append(due_s)
         for group in self.groups.values():
             if group.outstanding:
-                times.append(group.outstanding[0].sent_s + self.config.step_timeout_s)
+                due_s = group.due_s()
+                assert due_s is not None
+                times.append(due_s)
             elif group.is_ready:
                 times.append(group.last_sent_s + self.config.heartbeat_s)
         return max(0.0, min(times, default=now_s + self.config.heartbeat_s) - now_s)
@@ -311,173 +370,261 @@ class Scheduler:
     def check(self) -> None:
         """Assert every invariant."""
         self.queue.check()
+        held: list[Request] = []
         for group in self.groups.values():
             group.check()
-        running = [request for group in self.groups.values() for request in group.requests.values()]
+            held += group.running.values()
+            held += group.swapped.values()
+            assert all(request.group_id == group.group_id for request in (*group.running.values(), *group.swapped.values()))
         waiting = self.queue.all()
-        assert all(request.state is RequestState.RUNNING for request in running)
         assert all(request.state is RequestState.WAITING for request in waiting)
-        assert {request.handle for request in running + waiting} == self._by_handle.keys()
-        assert len(running) + len(waiting) == len(self._by_handle) == len(self._by_key)
-        assert all(request.gateway in self._gateways for request in running + waiting)
+        assert all(s.row < 0 and not s.block_table and not s.cpu_table for request in waiting for s in request.sequences)
+        assert {request.handle for request in held + waiting} == self._by_handle.keys()
+        assert len(held) + len(waiting) == len(self._by_handle) == len(self._by_key), "a request is lost or in two places"
+        assert all(request.gateway in self._gateways and request.sequences for request in held + waiting)
 
-    # -- admission ----------------------------------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------------------------------------------------
 
-    def _refusal(self, message: Submit) -> Rejected | None:
-        """Why a request can not be queued; None when it can."""
-
-        def rejected(code: StatusCode, reason: str, text: str, numbers: Mapping[str, int], retry_after_s: float | None = None) -> Rejected:
-            named = {name: str(number) for name, number in numbers.items()}
-            return Rejected(message.request_id, message.attempt, code, reason, text, named, retry_after_s)
-
-        if message.n != 1 or len(message.sequences) != 1 or message.beam is not None:
-            return rejected(StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED", f"n is {message.n}; only 1 is supported", {"n": message.n})
-        groups = self._serving(message.model)
-        if not groups:
-            text = f"no worker group of model {message.model} is ready; try again in {self.config.retry_after_s:g} s"
-            return rejected(StatusCode.UNAVAILABLE, "NO_READY_GROUP", text, {}, self.config.retry_after_s)
-        num_tokens = len(message.prompt_ids) + message.max_tokens
-        limit = max(group.max_request_tokens for group in groups)
-        if not message.prompt_ids or len(message.sequences[0].resumed_ids) >= message.max_tokens:
-            return rejected(StatusCode.INVALID_ARGUMENT, "NOTHING_TO_GENERATE", "the prompt is empty or nothing is left to generate", {})
-        if num_tokens > limit:
-            text = (
-                f"prompt has {len(message.prompt_ids)} tokens and max_tokens is {message.max_tokens}, {num_tokens} together; "
-                f"the largest group holds {limit}; shorten the prompt or lower max_tokens"
+    def _new_request(self, gateway: bytes, message: Submit, now_s: float) -> Request:
+        handle = self._next_handle
+        self._next_handle += 1
+        request = Request(
+            handle=handle, gateway=gateway, submit=message, arrival_s=now_s - message.age_s, deadline_s=now_s + message.time_left_s
+        )
+        sampling = message.sampling
+        starts = message.sequences
+        if message.beam is not None:
+            request.beam = BeamSearchState(message.beam, message.max_tokens)
+            candidates = num_candidates(message.beam.num_beams, len(sampling.stop_ids))
+            sampling = msgspec.structs.replace(sampling, num_beam_candidates=candidates)
+            starts = starts[:1]  # the others are forked from it; nothing of a search that ended early was sent to anybody
+        for start in starts:
+            resumed_ids = start.resumed_ids if message.beam is None else ()
+            request.sequences.append(
+                Sequence(
+                    request=request,
+                    handle=handle,
+                    gateway=gateway,
+                    index=start.index,
+                    token_ids=[*message.prompt_ids, *resumed_ids],
+                    num_prompt_tokens=len(message.prompt_ids),
+                    max_total=len(message.prompt_ids) + message.max_tokens,
+                    sampling=sampling if sampling.sequence_index == start.index else msgspec.structs.replace(sampling, sequence_index=start.index),
+                    block_hashes=self._prompt_hashes(message),
+                    cumulative_logprob=start.cumulative_logprob,
+                )
             )
-            numbers = {"prompt_tokens": len(message.prompt_ids), "max_tokens": message.max_tokens, "limit": limit}
-            return rejected(StatusCode.INVALID_ARGUMENT, "REQUEST_TOO_LONG", text, numbers)
-        if not self.queue.has_room(len(message.prompt_ids)):
-            text = (
-                f"the queue holds {len(self.queue)} requests of {self.queue.max_requests} and {self.queue.num_tokens} prompt tokens "
-                f"of {self.queue.max_tokens}; try again in {self.config.retry_after_s:g} s"
-            )
-            numbers = {"waiting_requests": len(self.queue), "waiting_tokens": self.queue.num_tokens}
-            return rejected(StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", text, numbers, self.config.retry_after_s)
-        return None
+        return request
 
-    def _admit_waiting(self, group: Group, now_s: float) -> None:
-        """Late binding: requests meet a group only when it has a row and blocks for them. Strictly in order of arrival."""
-        while (request := self.queue.first()) is not None and request.submit.model == group.model:
-            if not group.admit(request):
-                return
-            self.queue.remove(request)
-            request.state = RequestState.RUNNING
-            request.group_id = group.group_id
-            request.admitted_s = now_s
+    def _prompt_hashes(self, message: Submit) -> list[bytes]:
+        """The gateway's names of the prompt's blocks; none if it counted in blocks of another size."""
+        block_size = next(group.config.block_size for group in self.groups.values() if group.model == message.model)
+        return list(message.block_hashes) if len(message.block_hashes) == len(message.prompt_ids) // block_size else []
+
+    def _sequence(self, gateway: bytes, request_id: str, attempt: int, index: int) -> Sequence | None:
+        """A sequence that has not ended."""
+        request = self._by_key.get((gateway, request_id))
+        if request is None or request.submit.attempt != attempt:
+            return None
+        return next((sequence for sequence in request.sequences if sequence.index == index), None)
+
+    def _enqueue(self, request: Request, now_s: float) -> None:
+        self.queue.push(request, now_s)
+        self._dispatcher.is_due = True
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def _act_on(self, group: Group, applied: Applied, now_s: float) -> None:
+        """Ends, and what waits for this result to go on."""
+        self._dispatcher.is_due = True
+        for end in applied.ends:
+            if not end.sequence.ended:
+                self._finish(end, now_s)
+        for request, code in applied.failed:
+            if request.state is not RequestState.ENDED:
+                self._fail(request, StatusCode.INTERNAL, code.name, _ROW_ERRORS[code], retryable=False)
+        for request in applied.beam_steps:
+            if request.state is not RequestState.ENDED and not group.advance_beams(request):
+                self._finish_beams(request, now_s)
+
+    def _send_prompt_logprobs(self, sequence: Sequence, start: int, entry: Logprobs) -> None:
+        """Pass on what a chunk said of prompt tokens, each position once: a chunk may be computed again after a preemption."""
+        request = sequence.request
+        first = max(start, 1)  # nothing comes before the first token
+        sent = request.num_prompt_logprobs + 1  # the first position not sent
+        begin, end = max(sent - first, 0), sequence.num_prompt_tokens - first
+        if sequence is not request.sequences[0] or first > sent or begin >= min(end, len(entry.logprobs)):
+            return
+        kept = Logprobs(entry.logprobs[begin:end], entry.ranks[begin:end], entry.top_ids[begin:end], entry.top_logprobs[begin:end])
+        request.num_prompt_logprobs += len(kept.logprobs)
+        self._to_gateway(request.gateway, PromptLogprobs(request.handle, first + begin, kept))
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
-    def _finish_if_ended(self, request: Request, token: NewToken, now_s: float) -> None:
-        sequence = request.sequence
-        num_completion_tokens = token.offset + 1
-        if token.token_id in sequence.sampling.stop_ids and num_completion_tokens > sequence.sampling.min_tokens:
-            self._finish(request, EndReason.STOP, stop_id=token.token_id, num_completion_tokens=num_completion_tokens, now_s=now_s)
-        elif num_completion_tokens >= sequence.max_tokens:
-            self._finish(request, EndReason.LENGTH, stop_id=None, num_completion_tokens=num_completion_tokens, now_s=now_s)
+    def _finish(self, end: SequenceEnd, now_s: float) -> None:
+        """Say how a sequence ended well, and end it, with its request if it was the last."""
+        sequence, request = end.sequence, end.sequence.request
+        request.num_completion_tokens += end.num_tokens
+        is_last = len(request.sequences) == 1
+        logprob = sequence.cumulative_logprob if sequence.sampling.num_logprobs is not None else None
+        message = self._finished(request, now_s, sequence.index, end.reason, end.stop_id, is_last=is_last, cumulative_logprob=logprob)
+        if is_last:
+            self._end(request, f"finishes by {end.reason.name} after {request.num_completion_tokens} tokens")
+        else:
+            self._end_sequence(sequence)
+        self._to_gateway(request.gateway, message)
 
-    def _finish(self, request: Request, reason: EndReason, *, stop_id: int | None, num_completion_tokens: int, now_s: float) -> None:
-        """Say how a request ended well, and end it."""
-        sequence = request.sequence
+    def _finish_beams(self, request: Request, now_s: float) -> None:
+        """The search has ended: send its best sequences whole, best first."""
+        assert request.beam is not None
+        results = request.beam.results[: request.submit.n]
+        messages: list[SessionUp] = []
+        for index, result in enumerate(results):
+            num_tokens = len(result.token_ids)
+            request.num_completion_tokens += num_tokens
+            is_last = index == len(results) - 1
+            messages.append(Tokens((request.handle,), (index,), (0,), (num_tokens,), result.token_ids))
+            messages.append(
+                self._finished(
+                    request, now_s, index, result.reason, result.stop_id, is_last=is_last, cumulative_logprob=result.cumulative_logprob
+                )
+            )
+        self._end(request, f"its search finishes with {len(results)} sequences")
+        for message in messages:
+            self._to_gateway(request.gateway, message)
+
+    def _finished(
+        self,
+        request: Request,
+        now_s: float,
+        index: int,
+        reason: EndReason,
+        stop_id: int | None,
+        *,
+        is_last: bool,
+        cumulative_logprob: float | None,
+    ) -> Finished:
         admitted_s = now_s if request.admitted_s is None else request.admitted_s
         first_token_s = now_s if request.first_token_s is None else request.first_token_s
-        message = Finished(
+        is_out = request.is_preempted and request.state in (RequestState.WAITING, RequestState.SWAPPED)
+        return Finished(
             handle=request.handle,
-            sequence=sequence.index,
+            sequence=index,
             reason=reason,
             stop_id=stop_id,
-            is_last=True,
-            usage=UsageCounts(
-                sequence.num_prompt_tokens, min(sequence.num_cached_tokens, sequence.num_prompt_tokens), num_completion_tokens
-            ),
+            is_last=is_last,
+            usage=UsageCounts(len(request.submit.prompt_ids), request.num_cached_tokens, request.num_completion_tokens),
             spans=Spans(
                 queue_s=admitted_s - request.arrival_s,
                 prefill_s=first_token_s - admitted_s,
                 decode_s=now_s - first_token_s,
-                preempted_s=0.0,
+                preempted_s=request.preempted_s + (now_s - request.preempted_at_s if is_out else 0.0),
             ),
+            num_preemptions=request.num_preemptions,
+            cumulative_logprob=cumulative_logprob,
         )
-        self._end(request)
-        self._to_gateway(request.gateway, message)
-
-    def _fail_row(self, request: Request, code: RowErrorCode) -> None:
-        causes = {
-            RowErrorCode.NOT_FINITE: "the model gave no finite probabilities; the weights or the number format may be at fault",
-            RowErrorCode.NO_ALLOWED_TOKEN: "every token is forbidden by the request's own limits",
-            RowErrorCode.GRAMMAR: "the grammar cannot go on",
-        }
-        self._fail(request, StatusCode.INTERNAL, code.name, causes[code], retryable=False)
 
     def _fail(self, request: Request, code: StatusCode, reason: str, message: str, *, retryable: bool) -> None:
         """Say why a request ended without success, and end it."""
         retry_after_s = self.config.retry_after_s if retryable else None
-        self._end(request)
+        self._end(request, f"fails: {message}")
         self._to_gateway(request.gateway, Failed(request.handle, code, reason, message, retryable, retry_after_s=retry_after_s))
 
-    def _end(self, request: Request) -> None:
+    def _end_sequence(self, sequence: Sequence) -> None:
+        """Take one sequence out of a request that goes on."""
+        request = sequence.request
+        if request.state is RequestState.WAITING:
+            request.sequences.remove(sequence)
+            sequence.ended = True
+        else:
+            self.groups[request.group_id].end_sequence(sequence)
+        self._dispatcher.is_due = True
+
+    def _end(self, request: Request, why: str) -> None:
         """Take a request out of wherever it is; every block and row that it held is free again."""
+        if self._note:
+            self._note(request.handle, why)
         del self._by_key[request.key]
         del self._by_handle[request.handle]
         if request.state is RequestState.WAITING:
             self.queue.remove(request)
+            for sequence in request.sequences:
+                sequence.ended = True
         else:
             group = self.groups[request.group_id]
             group.release(request)
             self._report_if_drained(group)
         request.state = RequestState.ENDED
+        self.queue.close_account(request.submit.tenant)
+        self._dispatcher.is_due = True
 
     # -- groups -------------------------------------------------------------------------------------------------------
 
     def _serving(self, model: str) -> list[Group]:
         return [group for group in self.groups.values() if group.model == model and group.is_ready and not group.draining]
 
-    def _lose(self, group: Group, reason: str) -> None:
+    def _lose(self, group: Group, reason: str, now_s: float) -> None:
         """The group cannot go on: tell the controller, which ends its ranks. Clients are not told the reason: it is ours."""
         self._outbox.to_controller.append(GroupLost(group.group_id, group.term, reason))
-        self._drop(group)
+        self._drop(group, now_s)
 
-    def _drop(self, group: Group) -> None:
-        self._fail_requests(group)
+    def _drop(self, group: Group, now_s: float) -> None:
         del self.groups[group.group_id]
+        self._requeue_all(group, now_s)
         self._tell_limits()
-        self._fail_if_unserved(group.model)
+        if not self._serving(group.model):
+            self._unserved_since_s.setdefault(group.model, now_s)
 
-    def _fail_requests(self, group: Group) -> None:
-        message = f"the worker group that ran the request is gone; try again in {self.config.retry_after_s:g} s"
-        for request in list(group.requests.values()):
-            self._fail(request, StatusCode.UNAVAILABLE, "GROUP_LOST", message, retryable=True)
+    def _requeue_all(self, group: Group, now_s: float) -> None:
+        """A group's death is a preemption of all that it held: the tokens are here, and others compute the rest."""
+        for request in [*group.running.values(), *group.swapped.values()]:
+            request.num_group_deaths += request.state is RequestState.RUNNING
+            if request.state in (RequestState.RUNNING, RequestState.SWAPPING_IN):
+                request.preempted_at_s = now_s
+            for sequence in request.sequences:
+                sequence.forget_blocks()
+                sequence.num_in_flight = 0
+            if request.beam is not None:
+                request.beam.reported = {}
+            request.spare_rows = []
+            request.transfer = None
+            request.state = RequestState.WAITING
+            self._enqueue(request, now_s)
+            if self._note:
+                self._note(request.handle, f"{group.group_id} is gone: it will be computed anew elsewhere")
+            if request.num_group_deaths >= MAX_GROUP_DEATHS:
+                text = f"{request.num_group_deaths} worker groups died while they ran this request; it is not tried again"
+                self._fail(request, StatusCode.INTERNAL, "GROUP_DIED", text, retryable=False)
+        for request in self.queue.all():  # what was preempted before, and had a token on its way from this group
+            if request.group_id == group.group_id and request.awaits_result:
+                for sequence in request.sequences:
+                    sequence.num_in_flight = 0
+                if request.beam is not None:
+                    request.beam.reported = {}
 
-    def _fail_if_unserved(self, model: str) -> None:
-        """Requests that wait for a model which no group serves any more would wait for ever."""
-        if not self._serving(model):
-            for request in self.queue.all():
-                if request.submit.model == model:
-                    message = f"no worker group of model {model} is left"
-                    self._fail(request, StatusCode.UNAVAILABLE, "NO_READY_GROUP", message, retryable=True)
+    def _fail_waiting(self, model: str, message: str) -> None:
+        for request in self.queue.all():
+            if request.submit.model == model:
+                self._fail(request, StatusCode.UNAVAILABLE, "NO_READY_GROUP", message, retryable=True)
+
+    def _fail_new(self, model: str) -> None:
+        """Requests that no group has begun would wait for ever: the last one takes nothing new."""
+        for request in self.queue.all():
+            if request.submit.model == model and not request.is_preempted:
+                message = f"no worker group of model {model} takes new requests"
+                self._fail(request, StatusCode.UNAVAILABLE, "NO_READY_GROUP", message, retryable=True)
 
     def _report_if_drained(self, group: Group) -> None:
-        if group.draining and not group.requests and not group.drain_reported:
+        has_left = not group.running and not group.swapped
+        if group.draining and has_left and not group.drain_reported and not self._owes(group):
             group.drain_reported = True
             self._outbox.to_controller.append(GroupDrained(group.group_id, group.term))
 
-    # -- messages -----------------------------------------------------------------------------------------------------
+    def _owes(self, group: Group) -> bool:
+        """Whether a preempted request of the group still waits to go on there."""
+        return any(request.is_preempted and request.group_id == group.group_id for request in self.queue.all())
 
-    def _send_tokens(self, tokens: list[NewToken]) -> None:
-        """One Tokens message per gateway for the whole step."""
-        by_gateway: dict[bytes, list[NewToken]] = {}
-        for token in tokens:
-            by_gateway.setdefault(self._by_handle[token.sequence.handle].gateway, []).append(token)
-        for gateway, news in by_gateway.items():
-            self._to_gateway(
-                gateway,
-                Tokens(
-                    handles=tuple(token.sequence.handle for token in news),
-                    sequences=tuple(token.sequence.index for token in news),
-                    first_offsets=tuple(token.offset for token in news),
-                    counts=(1,) * len(news),
-                    token_ids=tuple(token.token_id for token in news),
-                ),
-            )
+    # -- messages -----------------------------------------------------------------------------------------------------
 
     def _open_session(self, gateway: bytes) -> None:
         self._num_sessions += 1
@@ -505,3 +652,15 @@ class Scheduler:
     def _to_gateway(self, gateway: bytes, message: SessionUp) -> None:
         if gateway in self._gateways:
             self._outbox.to_gateways.append((gateway, message))
+
+
+def _objection(group: Group, message: RankHello) -> str:
+    """Why a rank cannot be planned for, "" if it can."""
+    if message.version != PROTOCOL_VERSION or message.layout_version != LAYOUT_VERSION:
+        return (
+            f"rank {message.rank} speaks version {message.version} with layout {message.layout_version}, "
+            f"this scheduler {PROTOCOL_VERSION} with layout {LAYOUT_VERSION}; run one version of Quire on all hosts"
+        )
+    if any(other.model_fingerprint != message.model_fingerprint for other in group.hellos.values()):
+        return f"rank {message.rank} holds another model than the ranks before it; give all hosts the same folder"
+    return ""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from fake_ranks import FakeRanks, expected_completion, hello
+from fake_ranks import FakeRank, expected_completion, hello
 
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY
 from quire.common.child_process import start_child, stop_child
@@ -82,15 +82,15 @@ def test_a_request_goes_through_real_sockets_and_an_idle_group_hears_a_heartbeat
         encode(Submit("r", 0, "local", 2, "m", "", tuple(range(6)), hashes, root, (SequenceStart(0),), 1, SamplingState(), 5, 60.0, 0.0))
     )
     assert isinstance(decode_session_up(wires.gateway.recv()), Accepted)
-    ranks = FakeRanks(block_size=4, num_blocks=16)
+    ranks = FakeRank(block_size=4, num_blocks=16)
     row_is_gone, heartbeats = False, 0
     while heartbeats < 2:
         plan = decode_rank_down(wires.rank.recv())
         heartbeats += row_is_gone and plan == StepPlan(plan.term, plan.step_id)
         row_is_gone |= bool(plan.remove_rows)
-        result = ranks.execute(plan)
+        result, ack = ranks.execute(plan)
         wires.rank.send(encode(result))
-        wires.rank.send(encode(StepAck(1, plan.step_id, 0)))
+        wires.rank.send(encode(ack))
     received: list[int] = []
     while not isinstance(message := decode_session_up(wires.gateway.recv()), Finished):
         assert isinstance(message, Tokens)

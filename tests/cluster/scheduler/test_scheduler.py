@@ -6,9 +6,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_ranks import FakeRanks, expected_completion, hello
+from fake_ranks import FakeRank, expected_completion, hello
 
-from quire.cluster.scheduler.scheduler import MAX_ENDED_DEADLINES, Scheduler, SchedulerConfig
+from quire.cluster.scheduler.scheduler import Scheduler, SchedulerConfig
+from quire.cluster.scheduler.timers import MAX_STALE_TIMERS
 from quire.common.errors import StatusCode
 from quire.common.hashing import cache_root, hash_full_blocks
 from quire.common.messages import (
@@ -60,12 +61,12 @@ class Story:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
-        self.ranks = FakeRanks(block_size=self.block_size, num_blocks=self.num_blocks)
+        self.ranks = FakeRank(block_size=self.block_size, num_blocks=self.num_blocks)
         self._names: dict[int, str] = {}
         self.welcomes: list[Welcome] = []
-        self.scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, self.block_size, 1000, self.max_rows, self.max_batched_tokens))
+        self.scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, self.block_size, 1000, self.max_rows, self.max_batched_tokens), 0.0)
         self.scheduler.hello(GATEWAY, Hello(PROTOCOL_VERSION, "gateway"))
-        self.scheduler.rank_hello(hello(num_gpu_blocks=self.num_blocks, max_rows=self.max_rows))
+        self.scheduler.rank_hello(hello(num_gpu_blocks=self.num_blocks, max_rows=self.max_rows), 0.0)
         self.deliver()
 
     def submit(
@@ -116,9 +117,9 @@ class Story:
     def answer(self) -> None:
         """The ranks do the oldest plan, and the scheduler hears of it."""
         plan = self.plans.pop(0)
-        result = self.ranks.execute(plan)
+        result, ack = self.ranks.execute(plan)
         self.scheduler.apply("g0", result, self.now_s)
-        self.scheduler.ack("g0", StepAck(plan.term, plan.step_id, 0))
+        self.scheduler.ack("g0", ack, self.now_s)
         self.deliver()
 
     def step(self) -> None:
@@ -355,7 +356,7 @@ def test_a_failed_rank_ends_the_group_and_its_requests_say_so() -> None:
     story = Story()
     story.submit("a", [1, 2, 3], max_tokens=9)
     story.step()
-    story.scheduler.ack("g0", StepAck(1, 1, 0, error="out of memory"))
+    story.scheduler.ack("g0", StepAck(1, 1, 0, error="out of memory"), story.now_s)
     story.deliver()
     (lost,) = [message for message in story.control if isinstance(message, GroupLost)]
     assert "out of memory" in lost.reason
@@ -383,7 +384,7 @@ def test_a_result_that_does_not_answer_its_plan_loses_the_group_and_no_token(cha
     story = Story()
     story.submit("a", [1, 2, 3], max_tokens=9)
     story.send()
-    result = story.ranks.execute(story.plans.pop(0))
+    result, _ = story.ranks.execute(story.plans.pop(0))
     story.scheduler.apply("g0", msgspec.structs.replace(result, **changes), story.now_s)
     story.deliver()
     (lost,) = [message for message in story.control if isinstance(message, GroupLost)]
@@ -397,7 +398,7 @@ def test_a_row_without_finite_logits_fails_alone_and_its_blocks_are_found_by_nob
     story.submit("bad", list(range(9)), max_tokens=3)
     story.submit("good", [7, 8], max_tokens=3)
     story.send()
-    result = story.ranks.execute(story.plans.pop(0))
+    result, _ = story.ranks.execute(story.plans.pop(0))
     broken = msgspec.structs.replace(result, counts=(0, 1), token_ids=result.token_ids[1:], row_errors=((0, RowErrorCode.NOT_FINITE),))
     story.scheduler.apply("g0", broken, story.now_s)
     story.deliver()
@@ -419,7 +420,7 @@ def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
         story.submit(f"r{index}", [1], max_tokens=1, time_left_s=600.0)
         story.scheduler.cancel(GATEWAY, Cancel(f"r{index}", 0, None, "client"))
         story.deliver()
-    assert len(story.scheduler._deadlines) <= MAX_ENDED_DEADLINES + 2
+    assert len(story.scheduler._deadlines) <= MAX_STALE_TIMERS + 2
 
 
 def test_a_step_that_never_ends_loses_the_group() -> None:
@@ -460,10 +461,10 @@ def test_a_draining_group_finishes_what_runs_and_then_says_so() -> None:
 
 def test_a_group_is_ready_when_its_last_rank_is_there_and_the_smallest_decides() -> None:
     scheduler = Scheduler(CONFIG)
-    scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 2, 4, 100, 8, 16))
-    scheduler.rank_hello(hello(rank=0))
+    scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 2, 4, 100, 8, 16), 0.0)
+    scheduler.rank_hello(hello(rank=0), 0.0)
     assert scheduler.take_outbox().to_controller == []
-    scheduler.rank_hello(hello(rank=1, num_gpu_blocks=9))
+    scheduler.rank_hello(hello(rank=1, num_gpu_blocks=9), 0.0)
     (ready,) = scheduler.take_outbox().to_controller
     assert isinstance(ready, GroupReady)
     assert (ready.num_gpu_blocks, ready.max_request_tokens) == (9, 36)
@@ -479,9 +480,9 @@ def test_a_group_is_ready_when_its_last_rank_is_there_and_the_smallest_decides()
 )
 def test_ranks_that_do_not_agree_are_refused_by_name(changes: dict[str, object], expected: str) -> None:
     scheduler = Scheduler(CONFIG)
-    scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 2, 4, 100, 8, 16))
-    scheduler.rank_hello(hello(rank=0))
-    scheduler.rank_hello(msgspec.structs.replace(hello(rank=1), **changes))
+    scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 2, 4, 100, 8, 16), 0.0)
+    scheduler.rank_hello(hello(rank=0), 0.0)
+    scheduler.rank_hello(msgspec.structs.replace(hello(rank=1), **changes), 0.0)
     (lost,) = scheduler.take_outbox().to_controller
     assert isinstance(lost, GroupLost)
     assert expected in lost.reason
