@@ -56,4 +56,3 @@ def refusal(message: Submit, groups: Sequence[Group], queue: WaitingQueue, *, re
         numbers = {"waiting_requests": len(queue), "waiting_tokens": queue.num_tokens}
         return rejected(StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", text, numbers, retry_after_s)
     return None
-

@@ -61,7 +61,9 @@ class BeamSearchState:
         num_beams = self.params.num_beams
         length = len(completions[0]) + 1
         candidates = [
-            (cumulative_logprobs[beam] + logprob, beam, token_id) for beam in range(len(completions)) for token_id, logprob in self.reported[beam]
+            (cumulative_logprobs[beam] + logprob, beam, token_id)
+            for beam in range(len(completions))
+            for token_id, logprob in self.reported[beam]
         ]
         candidates.sort(key=lambda candidate: -candidate[0])  # stable: ties go to the lower beam, then to the likelier token
         self.reported = {}
@@ -88,4 +90,4 @@ class BeamSearchState:
             return False
         penalty = self.params.length_penalty
         best_length = self.max_tokens if self.params.early_stopping == NEVER and penalty > 0 else length
-        return best_running / best_length**penalty > self.results[-1].score
+        return bool(best_running / best_length**penalty > self.results[-1].score)

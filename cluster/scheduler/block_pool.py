@@ -139,14 +139,16 @@ class BlockPool:
         """How many of these are cached and not held: forking them takes that many from `num_available`."""
         return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
 
-    def check(self) -> None:
-        """Assert every invariant."""
+    def check(self, holders: Sequence[int] | None = None) -> None:
+        """Assert every invariant; with `holders`, the number of holders of each block counted elsewhere, that they agree."""
+        counts, cached = self._ref_counts, self._cached.keys()
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
-        held = {block_id for block_id, count in enumerate(self._ref_counts) if count > 0}
-        assert not free & held, free & held
-        assert not (free | held) & self._cached.keys(), (free | held) & self._cached.keys()
-        assert len(free) + len(held) + len(self._cached) == self.num_blocks
-        assert all(count >= 0 for count in self._ref_counts)
-        assert {block_hash: block_id for block_id, block_hash in self._hash_of.items()} == self._block_of
-        assert self._cached.keys() <= self._hash_of.keys() <= held | self._cached.keys()
+        held = {block_id for block_id, count in enumerate(counts) if count}
+        assert free.isdisjoint(held) and cached.isdisjoint(free) and cached.isdisjoint(held), "a block is in two states"
+        assert len(free) + len(held) + len(cached) == self.num_blocks, "a block is in no state"
+        assert not counts or min(counts) >= 0
+        hashes = self._hash_of
+        assert dict(zip(hashes.values(), hashes, strict=True)) == self._block_of
+        assert hashes.keys() >= cached and free.isdisjoint(hashes), "only held and cached blocks can be found, and all cached ones"
+        assert holders is None or list(holders) == counts, "a block is held by nobody, or not by all that use it"

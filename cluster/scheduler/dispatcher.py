@@ -65,9 +65,7 @@ class Dispatcher:
     def _choose(self, request: Request, groups: list[Group], now_s: float) -> Group | None:
         """The group to run a request that it can take now."""
         open_groups = [
-            group
-            for group in groups
-            if not group.is_closed_to(request, now_s) and (not group.draining or self._belongs_to(request, group))
+            group for group in groups if not group.is_closed_to(request, now_s) and (not group.draining or self._belongs_to(request, group))
         ]
         if len(open_groups) > 1 and request.submit.block_hashes:
             first = request.submit.block_hashes[0]

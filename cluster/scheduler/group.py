@@ -215,7 +215,9 @@ class Group:
         num_tokens = sum(sequence.num_to_prefill for sequence in request.sequences)
         if self.note:
             blocks = [sequence.block_table for sequence in request.sequences if sequence.block_table]
-            self.note(request.handle, f"joins {self.group_id}: {leader.num_planned} tokens cached, {num_tokens} to compute, blocks {blocks}")
+            self.note(
+                request.handle, f"joins {self.group_id}: {leader.num_planned} tokens cached, {num_tokens} to compute, blocks {blocks}"
+            )
         return num_tokens
 
     def release(self, request: Request) -> None:
@@ -467,35 +469,40 @@ class Group:
 
     def check(self) -> None:
         """Assert every invariant."""
-        self.pool.check()
-        self.cpu_pool.check()
+        block_size = self._block_size
         gpu_holders = [0] * self.pool.num_blocks
         cpu_holders = [0] * self.cpu_pool.num_blocks
         rows = list(self._free_rows)
-        for request in (*self.running.values(), *self.swapped.values()):
+        for request in self.running.values():
+            is_running = request.state is RequestState.RUNNING
+            assert is_running or request.state is RequestState.SWAPPING_IN
             rows += request.spare_rows
             for sequence in request.sequences:
                 assert not sequence.ended and sequence.request is request
+                assert sequence.num_planned <= len(sequence.token_ids) + sequence.num_in_flight, sequence.handle
                 if sequence.row >= 0:
                     rows.append(sequence.row)
+                else:
+                    assert sequence.is_planned_to_its_end, "a part of a sequence group has lost its row"
+                assert sequence.num_planned <= len(sequence.block_table if is_running else sequence.cpu_table) * block_size
                 for block_id in sequence.block_table:
                     gpu_holders[block_id] += 1
                 for block_id in sequence.cpu_table:
                     cpu_holders[block_id] += 1
-                assert sequence.num_planned <= len(sequence.token_ids) + sequence.num_in_flight, sequence.handle
-                table = sequence.block_table if request.state is RequestState.RUNNING else sequence.cpu_table
-                assert sequence.num_planned <= len(table) * self._block_size or request.is_unforked, sequence.handle
-        for request in self.running.values():
-            assert request.state in (RequestState.RUNNING, RequestState.SWAPPING_IN)
-            assert all(s.row >= 0 or s.is_planned_to_its_end for s in request.sequences), "a part of a sequence group has lost its row"
         for request in self.swapped.values():
-            assert request.state is RequestState.SWAPPED
-            assert all(s.row < 0 and not s.block_table for s in request.sequences), "a part of a sequence group was left behind"
+            assert request.state is RequestState.SWAPPED and not request.spare_rows
+            for sequence in request.sequences:
+                assert not sequence.ended and sequence.request is request
+                assert sequence.row < 0 and not sequence.block_table, "a part of a sequence group was left behind"
+                assert sequence.num_planned <= len(sequence.cpu_table) * block_size
+                for block_id in sequence.cpu_table:
+                    cpu_holders[block_id] += 1
         for copy in self.copies.under_way():
             gpu_holders[copy.gpu_block] += 1
             cpu_holders[copy.cpu_block] += 1
-        assert bytes(min(count, 255) for count in gpu_holders) == self.pool.ref_counts(), "a GPU block is held by nobody, or not by all"
-        assert bytes(min(count, 255) for count in cpu_holders) == self.cpu_pool.ref_counts(), "a CPU block is held by nobody, or not by all"
+        self.pool.check(gpu_holders)
+        if cpu_holders:
+            self.cpu_pool.check(cpu_holders)
         rows.sort()
         assert rows == list(range(self.num_rows)), "a row is lost or used twice"
         assert len(self.outstanding) <= MAX_PLANS_OUTSTANDING
@@ -956,9 +963,7 @@ class Group:
         hold_rows = (*sorted(held - self._held), *(~row for row in sorted(self._held - held)))
         self._held = held
         remove_rows, self._removals = tuple(self._removals), []
-        plan = draft.plan(
-            term=self.term, step_id=self._next_step_id, remove_rows=remove_rows, hold_rows=hold_rows, wait_copies=wait_copies
-        )
+        plan = draft.plan(term=self.term, step_id=self._next_step_id, remove_rows=remove_rows, hold_rows=hold_rows, wait_copies=wait_copies)
         self.outstanding.append(
             SentPlan(
                 step_id=plan.step_id,
@@ -1033,4 +1038,3 @@ def _seniority(request: Request) -> tuple[int, float, int]:
 
 def _pool_status(pool: BlockPool) -> PoolStatus:
     return PoolStatus(pool.num_blocks, pool.num_free, pool.num_cached, pool.num_held, pool.num_shared)
-

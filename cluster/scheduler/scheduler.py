@@ -370,18 +370,23 @@ class Scheduler:
     def check(self) -> None:
         """Assert every invariant."""
         self.queue.check()
-        held: list[Request] = []
+        seen: dict[int, Request] = {}
         for group in self.groups.values():
             group.check()
-            held += group.running.values()
-            held += group.swapped.values()
-            assert all(request.group_id == group.group_id for request in (*group.running.values(), *group.swapped.values()))
-        waiting = self.queue.all()
-        assert all(request.state is RequestState.WAITING for request in waiting)
-        assert all(s.row < 0 and not s.block_table and not s.cpu_table for request in waiting for s in request.sequences)
-        assert {request.handle for request in held + waiting} == self._by_handle.keys()
-        assert len(held) + len(waiting) == len(self._by_handle) == len(self._by_key), "a request is lost or in two places"
-        assert all(request.gateway in self._gateways and request.sequences for request in held + waiting)
+            for held in (group.running, group.swapped):
+                assert seen.keys().isdisjoint(held), "a request is in two places"
+                seen.update(held)
+                for request in held.values():
+                    assert request.group_id == group.group_id and request.sequences
+        for request in self.queue.all():
+            assert request.handle not in seen, "a request is in two places"
+            seen[request.handle] = request
+            assert request.state is RequestState.WAITING and request.sequences
+            for sequence in request.sequences:
+                assert sequence.row < 0 and not sequence.block_table and not sequence.cpu_table, "a waiting request holds something"
+        assert seen == self._by_handle, "a request is lost"
+        assert len(self._by_key) == len(self._by_handle)
+        assert {request.gateway for request in seen.values()} <= self._gateways.keys()
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -409,7 +414,9 @@ class Scheduler:
                     token_ids=[*message.prompt_ids, *resumed_ids],
                     num_prompt_tokens=len(message.prompt_ids),
                     max_total=len(message.prompt_ids) + message.max_tokens,
-                    sampling=sampling if sampling.sequence_index == start.index else msgspec.structs.replace(sampling, sequence_index=start.index),
+                    sampling=sampling
+                    if sampling.sequence_index == start.index
+                    else msgspec.structs.replace(sampling, sequence_index=start.index),
                     block_hashes=self._prompt_hashes(message),
                     cumulative_logprob=start.cumulative_logprob,
                 )

@@ -151,21 +151,25 @@ class WaitingQueue:
 
     def check(self) -> None:
         """Assert every invariant."""
-        assert self.num_tokens == sum(len(request.submit.prompt_ids) for request in self._requests.values())
-        seen = []
+        num_tokens = num_seen = 0
         for model, levels in self._lanes.items():
             for level, lanes in levels.items():
                 assert lanes.preempted or lanes.new, "an empty class is kept"
-                for name, keys in [("", lanes.preempted), *lanes.new.items()]:
-                    assert keys == sorted(keys)
+                for name, keys in (("", lanes.preempted), *lanes.new.items()):
                     assert keys or not name, "an empty lane is kept"
+                    last = None
                     for key in keys:
+                        assert last is None or last < key, "a lane is out of order"
+                        last = key
                         request = self._requests[key[2]]
-                        assert (request.submit.model, request.level, self._key(request)) == (model, level, key)
-                        assert request.is_preempted if not name else request.submit.tenant == name
-                        seen.append(request.handle)
-        assert sorted(seen) == sorted(self._requests)
-        assert all(self._tenants[request.submit.tenant].num_active > 0 for request in self._requests.values())
+                        submit = request.submit
+                        assert submit.model == model and request.level == level and self._key(request) == key
+                        assert request.is_preempted if not name else submit.tenant == name and not request.is_preempted
+                        assert self._tenants[submit.tenant].num_active > 0
+                        num_tokens += len(submit.prompt_ids)
+                        num_seen += 1
+        assert num_seen == len(self._requests), "a request is in no lane, or in two"
+        assert num_tokens == self.num_tokens
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 

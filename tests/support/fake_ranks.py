@@ -5,7 +5,17 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 
-from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, Logprobs, RankHello, RowAdd, SamplingState, StepAck, StepPlan, StepResult
+from quire.common.messages import (
+    LAYOUT_VERSION,
+    PROTOCOL_VERSION,
+    Logprobs,
+    RankHello,
+    RowAdd,
+    SamplingState,
+    StepAck,
+    StepPlan,
+    StepResult,
+)
 
 VOCAB_SIZE = 997
 TOKEN_BYTES = 4
@@ -37,7 +47,7 @@ def beam_candidates(encoded: bytes | bytearray, sampling: SamplingState, count: 
     """The pretended model's most likely next tokens with their log probabilities, `count` of them, all distinct."""
     first = zlib.crc32(encoded, 7)
     # A step of 1 modulo the vocabulary keeps the tokens distinct; stop ids are never among them while they are forbidden.
-    pairs = []
+    pairs: list[tuple[int, float]] = []
     place = 0
     while len(pairs) < count:
         token_id = (first + place * 89) % VOCAB_SIZE

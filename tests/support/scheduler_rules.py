@@ -5,13 +5,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from quire.cluster.scheduler.dispatcher import LOOK_AHEAD, MAX_SKIPS
-from quire.cluster.scheduler.group import MAX_LONG_PREFILLS, Group
+from quire.cluster.scheduler.group import Group
 from quire.cluster.scheduler.request import Request, RequestState
 from quire.cluster.scheduler.scheduler import Scheduler, SchedulerConfig
-from quire.common.messages import AttachGroup, StepPlan
+from quire.common.messages import AttachGroup, StepPlan, Submit
 
+# The rules' numbers once more: what is watched must not come from what is watched.
 HIGHEST_CLASS = 3
+LOOK_AHEAD = 8
+MAX_SKIPS = 8
+MAX_LONG_PREFILLS = 1
+PREFILL_SHARE = 1 / 8
 
 
 class WatchedScheduler(Scheduler):
@@ -27,6 +31,10 @@ class WatchedScheduler(Scheduler):
         self.num_working_plans = 0
         self._waiting_since: dict[int, int] = {}
         self.longest_wait = 0
+
+    @property
+    def has_messages(self) -> bool:
+        return bool(self._outbox.to_gateways or self._outbox.to_controller)
 
     def attach(self, message: AttachGroup, now_s: float) -> None:
         super().attach(message, now_s)
@@ -44,12 +52,22 @@ class WatchedScheduler(Scheduler):
         if plan is None:
             runs = [s for s in group._decoding.values() if not s.is_planned_to_its_end]
             if runs and len(group.outstanding) < 2:
-                assert group.outstanding == group.outstanding and self._lacks_blocks(group, runs), "plan-ahead: a row could go on, and is not planned"
+                assert self._lacks_blocks(group, runs), "plan-ahead: a row could go on, and is not planned"
             elif group.is_ready and not group.outstanding:
                 assert now_s - group.last_sent_s < self.config.heartbeat_s, "an idle group hears nothing"
         else:
             self._watch_plan(group, plan)
         return plan
+
+    def submit(self, gateway: bytes, message: Submit, now_s: float) -> None:
+        accounts = self.queue._tenants
+        active = [account.served for account in accounts.values() if account.num_active]
+        was_active = message.tenant in accounts and accounts[message.tenant].num_active > 0
+        super().submit(gateway, message, now_s)
+        key = (gateway, message.request_id)
+        if key in self._by_key and active and not was_active:
+            assert accounts[message.tenant].served >= min(active), "S2: a tenant has saved up a right to be served alone"
+        assert sum(not r.is_preempted for r in self.queue.all()) <= self.config.max_waiting_requests, "S3: the queue has no bound"
 
     def tick(self, now_s: float) -> None:
         super().tick(now_s)
@@ -57,11 +75,13 @@ class WatchedScheduler(Scheduler):
 
     def check(self) -> None:
         super().check()
+        now_s, ageing_s = self._clock(), self.config.ageing_s
         for request in self.queue.all():
-            self._waiting_since.setdefault(request.handle, self.num_working_plans)
+            if request.handle not in self._waiting_since:
+                self._waiting_since[request.handle] = self.num_working_plans
             if not request.is_preempted:
-                level = min(HIGHEST_CLASS, request.submit.priority + int((self._clock() - request.arrival_s) / self.config.ageing_s + 1e-9))
-                assert level - 1 <= request.level <= level, "S2: a waiting request has not the class of its age"
+                level = request.submit.priority + int((now_s - request.arrival_s) / ageing_s + 1e-9)
+                assert min(HIGHEST_CLASS, level) - 1 <= request.level <= level, "S2: a waiting request has not the class of its age"
 
     # -- S1 ---------------------------------------------------------------------------------------------------------------
 
@@ -71,8 +91,13 @@ class WatchedScheduler(Scheduler):
         num_chunk_tokens = sum(chunk.count for chunk in plan.chunks)
         beams = sum(sequence.request.beam is not None and sequence.prefill_end - start == 1 for sequence, start in sent.chunks)
         num_prefill = num_chunk_tokens - beams
+        assert all(s.num_planned < s.max_total for s in sent.sampled), "plan-ahead: a step is planned behind a known end"
         assert sent.num_decoding + num_chunk_tokens <= config.max_batched_tokens, "S1: a step with more tokens than allowed"
-        longs = [chunk for chunk, (s, start) in zip(plan.chunks, sent.chunks, strict=True) if s.prefill_end - start > config.max_batched_tokens / 2]
+        longs = [
+            chunk
+            for chunk, (s, start) in zip(plan.chunks, sent.chunks, strict=True)
+            if s.prefill_end - start > config.max_batched_tokens / 2
+        ]
         assert len(longs) <= MAX_LONG_PREFILLS, "S1: too many long prompts at once"
         if sent.sampled or plan.chunks:
             self.num_working_plans += 1
@@ -82,13 +107,13 @@ class WatchedScheduler(Scheduler):
         if left_out_short:
             room = config.max_batched_tokens - sent.num_decoding - num_chunk_tokens
             assert room == 0, "S1: a prompt waits while a step has room for it"
-            assert num_prefill >= config.max_batched_tokens // 8, "S1: decoding leaves prompts less than their share"
+            assert num_prefill >= int(config.max_batched_tokens * PREFILL_SHARE), "S1: decoding leaves prompts less than their share"
         short_first = [s for s, start in sent.chunks if s.prefill_end - start <= config.max_batched_tokens / 2]
         if longs and (short_first or left_out_short) and not left_out_short and sum(c.count for c in longs) > 1:
             self.seen["a long prompt beside short ones"] += 1
-        assert not (longs and left_out_short and sum(c.count for c in longs) > max(1, (config.max_batched_tokens - sent.num_decoding) // 2)), (
-            "S1: a long prompt takes what short ones need"
-        )
+        assert not (
+            longs and left_out_short and sum(c.count for c in longs) > max(1, (config.max_batched_tokens - sent.num_decoding) // 2)
+        ), "S1: a long prompt takes what short ones need"
         held = group._held - group._beam_rows
         if held:
             self.seen["held rows"] += 1
@@ -105,7 +130,7 @@ class WatchedScheduler(Scheduler):
     def _lacks_blocks(group: Group, sequences: list[Any]) -> bool:
         """Whether some of these sequences need a block that is not there: all others of the pool are held."""
         by_request: Counter[int] = Counter(s.handle for s in sequences if s.num_planned >= s.write_limit)
-        return any(group.pool.num_available < count for count in by_request.values())
+        return any(_num_unheld(group) < count for count in by_request.values())
 
     # -- S2, S3, S7, dispatch ----------------------------------------------------------------------------------------------
 
@@ -137,7 +162,7 @@ class WatchedScheduler(Scheduler):
         if group.running:
             headroom = max(1, group.pool.num_blocks // 100) + (len(group.running) if request.is_preempted else 0)
         num_new = self._new_blocks(group, request)
-        assert num_new + headroom <= group.pool.num_available, "S3, S7: admission leaves nothing to grow"
+        assert num_new + headroom <= _num_unheld(group), "S3, S7: admission leaves nothing to grow"
         self._watch_choice(group, [g for g in groups if g.group_id not in closed], request, now_s)
         self.seen["hits"] += group.prefix_hits(request)
         self.seen["passed over"] += bool(passed)
@@ -189,12 +214,16 @@ class WatchedScheduler(Scheduler):
     # -- S5, S6, S7 ---------------------------------------------------------------------------------------------------------
 
     def _before_preempt(self, group: Group, victim: Request, beneficiary: Request, now_s: float) -> None:
-        candidates = [r for r in group.running.values() if r.state is RequestState.RUNNING and any(s.num_planned < s.max_total - 1 for s in r.sequences)]
+        candidates = [
+            r
+            for r in group.running.values()
+            if r.state is RequestState.RUNNING and any(s.num_planned < s.max_total - 1 for s in r.sequences)
+        ]
         lowest = min(r.level for r in candidates)
         latest = max((r for r in candidates if r.level == lowest), key=lambda r: (r.arrival_s, r.handle))
         assert victim is latest, "S5: the victim is not the latest arrival of the lowest class"
         needy = [s for s in beneficiary.sequences if s.num_planned >= s.write_limit and s.row >= 0]
-        assert group.pool.num_available < len(needy), "S5: a preemption though blocks are there"
+        assert _num_unheld(group) < len(needy), "S5: a preemption though blocks are there"
         saved: Counter[int] = Counter()
         for sequence in victim.sequences:
             saved.update(sequence.block_table[: math.ceil(sequence.num_planned / group.config.block_size)])
@@ -204,7 +233,9 @@ class WatchedScheduler(Scheduler):
         recompute_s = group.meter.recompute_s(lost)
         swap_s = group.meter.swap_s(len(saved), backlog=len(group.copies))
         mode = group.config.preemption
-        self._swap_expected = fits and not partly and (mode == "swap" or (mode == "auto" and (recompute_s is None or swap_s <= recompute_s)))
+        self._swap_expected = (
+            fits and not partly and (mode == "swap" or (mode == "auto" and (recompute_s is None or swap_s <= recompute_s)))
+        )
         self._level_before = victim.level
 
     def _after_preempt(self, group: Group, recompute: bool, victim: Request, *_: Any) -> None:
@@ -226,7 +257,8 @@ class WatchedScheduler(Scheduler):
             for r in group.swapped.values()
             if r.transfer is None
             and not r.awaits_result
-            and (-self._swapped_class(r, now_s), r.arrival_s, r.handle) < (-self._swapped_class(request, now_s), request.arrival_s, request.handle)
+            and (-self._swapped_class(r, now_s), r.arrival_s, r.handle)
+            < (-self._swapped_class(request, now_s), request.arrival_s, request.handle)
         ]
         assert not before, "S7: a swapped request comes back before one that goes first"
 
@@ -251,3 +283,8 @@ def _watch(group: Group, name: str, before: Callable[..., None], after: Callable
         return result
 
     setattr(group, name, watched)
+
+
+def _num_unheld(group: Group) -> int:
+    """Blocks that nobody holds: free ones and cached ones."""
+    return group.pool.ref_counts().count(0)

@@ -59,8 +59,7 @@ class Client:
     name: str
     submit: Submit
     gateway: bytes
-    expected: list[list[int]]  # by sequence
-    beams: bool = False
+    expected: list[list[int]] = field(default_factory=list)  # by sequence
     handle: int = -1
     received: list[list[int]] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)  # sequences
@@ -114,7 +113,7 @@ class World:
             max_model_len=max_prompt + max_tokens,
             preemption=rng.choice(("auto", "auto", "swap", "recompute")),
             max_waiting=rng.choice((4, 12, 12)),
-            arrival_rate=rng.choice((0.1, 0.3, 0.6)),
+            arrival_rate=rng.choice((0.1, 0.2, 0.4)),
             burst=rng.choice((1, 1, 5)),
             max_prompt=max_prompt,
             max_tokens=max_tokens,
@@ -202,7 +201,7 @@ class Simulation:
         else:
             waiting = [client.name for client in self.clients.values() if not client.end]
             raise AssertionError(f"requests {waiting} never ended")
-        for _ in range(200):  # the last rows leave, the last copies end
+        for _ in range(60):  # the last rows leave, the last copies end
             self._turn()
         for group in self.scheduler.groups.values():
             assert group.pool.num_held == 0 and group.cpu_pool.num_held == 0, "blocks are left when nobody is there"
@@ -221,7 +220,8 @@ class Simulation:
             if world.faults and rng.random() < 0.004:
                 self._fault()
         self.scheduler.tick(self.now_s)
-        self._deliver()
+        if self.scheduler.has_messages:
+            self._deliver()
         while self.restarts and self.restarts[0][0] <= self.now_s:
             _, group_id, term = self.restarts.pop(0)
             self._start_group(group_id, term)
@@ -238,16 +238,14 @@ class Simulation:
     def _submit(self) -> None:
         rng, world = self.rng, self.world
         self.num_requests += 1
-        shared = rng.randint(0, world.max_prompt) if rng.random() < 0.5 else 0
-        num_own = rng.randint(0 if shared else 1, max(1, world.max_prompt - shared))
-        prompt = self.base[:shared] + [rng.randrange(VOCAB_SIZE) for _ in range(num_own)]
-        prompt = prompt[: world.max_prompt]
+        prompt = self._prompt()
         kind = rng.random()
         num_sequences = 1 if kind < 0.8 else rng.randint(2, 3)
         beam = BeamSearch(num_sequences, rng.choice((0.0, 1.0, 2.0)), rng.choice((1, 2, 3))) if kind > 0.92 else None
-        stop_ids = tuple(rng.sample(range(VOCAB_SIZE), 60)) if rng.random() < 0.5 and beam is None else ()
-        if beam is not None and rng.random() < 0.5:
-            stop_ids = tuple(rng.sample(range(VOCAB_SIZE), 2))
+        stop_ids: tuple[int, ...] = ()
+        if rng.random() < 0.5:
+            first = rng.randrange(VOCAB_SIZE - 60)
+            stop_ids = tuple(range(first, first + (60 if beam is None else 2)))
         sampling = SamplingState(
             seed=rng.randrange(5),
             stop_ids=stop_ids,
@@ -275,15 +273,23 @@ class Simulation:
             age_s=0.0,
             beam=beam,
         )
-        if beam is None:
-            expected = [expected_completion(prompt, sampling, max_tokens=max_tokens, index=index) for index in range(num_sequences)]
-        else:
-            expected = [h.tokens for h in reference_beam_search(prompt, sampling, beam, max_tokens=max_tokens)]
-        client = Client(submit.request_id, submit, rng.choice(self.gateways), expected, beams=beam is not None, has_deadline=has_deadline)
-        client.received = [[] for _ in expected]
+        client = Client(submit.request_id, submit, rng.choice(self.gateways), has_deadline=has_deadline)
         self.clients[client.name] = client
         self.scheduler.submit(client.gateway, submit, self.now_s)
         self._deliver()
+
+    def _prompt(self) -> list[int]:
+        """Tokens of its own, often behind the beginning that many have in common, or behind what another request produced."""
+        rng, most = self.rng, self.world.max_prompt
+        kind = rng.random()
+        begin: list[int] = []
+        if kind < 0.4:
+            begin = self.base[: rng.randint(0, most)]
+        elif kind < 0.6 and self.by_handle:
+            other = rng.choice(list(self.by_handle.values()))
+            begin = [*other.submit.prompt_ids, *other.received[0]][: rng.randint(0, most)]
+        own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0 if begin else 1, max(1, most - len(begin))))]
+        return (begin + own)[:most]
 
     def _interfere(self) -> None:
         """A client goes away, ends a sequence early, or its gateway submits it again."""
@@ -292,7 +298,7 @@ class Simulation:
         submit = client.submit
         action = rng.random()
         open_sequences = [i for i in range(len(client.expected)) if i not in client.ended and i not in client.cancelled]
-        if action < 0.5 or client.beams:
+        if action < 0.5 or client.submit.beam:
             client.end = "cancelled"
             del self.by_handle[client.handle]
             self.scheduler.cancel(client.gateway, Cancel(client.name, submit.attempt, None, "client"))
@@ -312,7 +318,9 @@ class Simulation:
             starts = tuple(SequenceStart(i, tuple(client.received[i])) for i in range(len(client.expected)))
             if all(len(start.resumed_ids) < submit.max_tokens for start in starts):
                 del self.by_handle[client.handle]
-                client.submit = Submit(**{f: getattr(submit, f) for f in submit.__struct_fields__} | {"attempt": submit.attempt + 1, "sequences": starts})
+                client.submit = Submit(
+                    **{f: getattr(submit, f) for f in submit.__struct_fields__} | {"attempt": submit.attempt + 1, "sequences": starts}
+                )
                 client.num_prompt_logprobs = 0
                 self.scheduler.submit(client.gateway, client.submit, self.now_s)
         self._deliver()
@@ -403,11 +411,16 @@ class Simulation:
                 client.num_prompt_logprobs += len(message.logprobs.logprobs)
             case Accepted():
                 client = self.clients[message.request_id]
+                if not client.expected:
+                    client.expected = expected_of(client.submit)
+                    client.received = [[] for _ in client.expected]
                 client.handle = message.handle
                 self.by_handle[message.handle] = client
             case Rejected():
                 client = self.clients[message.request_id]
-                assert message.reason in ("QUEUE_FULL", "NO_READY_GROUP", "TOO_MANY_SEQUENCES", "REQUEST_TOO_LARGE", "REQUEST_TOO_LONG"), message
+                assert message.reason in ("QUEUE_FULL", "NO_READY_GROUP", "TOO_MANY_SEQUENCES", "REQUEST_TOO_LARGE", "REQUEST_TOO_LONG"), (
+                    message
+                )
                 self.by_handle.pop(client.handle, None)
                 self._end(client, "rejected")
             case Finished():
@@ -519,3 +532,14 @@ class Simulation:
             )
             self.scheduler.rank_hello(message, self.now_s)
         self._deliver()
+
+
+def expected_of(submit: Submit) -> list[list[int]]:
+    """The completions of a request, by sequence, without any scheduler."""
+    if submit.beam is not None:
+        best = reference_beam_search(submit.prompt_ids, submit.sampling, submit.beam, max_tokens=submit.max_tokens)
+        return [hypothesis.tokens for hypothesis in best[: submit.n]]
+    return [
+        expected_completion(submit.prompt_ids, submit.sampling, max_tokens=submit.max_tokens, index=start.index)
+        for start in submit.sequences
+    ]

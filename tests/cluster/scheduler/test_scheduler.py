@@ -64,7 +64,9 @@ class Story:
         self.ranks = FakeRank(block_size=self.block_size, num_blocks=self.num_blocks)
         self._names: dict[int, str] = {}
         self.welcomes: list[Welcome] = []
-        self.scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, self.block_size, 1000, self.max_rows, self.max_batched_tokens), 0.0)
+        self.scheduler.attach(
+            AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, self.block_size, 1000, self.max_rows, self.max_batched_tokens), 0.0
+        )
         self.scheduler.hello(GATEWAY, Hello(PROTOCOL_VERSION, "gateway"))
         self.scheduler.rank_hello(hello(num_gpu_blocks=self.num_blocks, max_rows=self.max_rows), 0.0)
         self.deliver()
