@@ -35,7 +35,7 @@ def refusal(message: Submit, groups: Sequence[Group], queue: WaitingQueue, *, re
         numbers = {"prompt_tokens": num_prompt_tokens, "max_tokens": message.max_tokens, "limit": limit}
         return rejected(StatusCode.INVALID_ARGUMENT, "REQUEST_TOO_LONG", text, numbers)
     width = num_sequences(message)
-    most_rows = max(group.num_rows for group in groups)
+    most_rows = max(group.batch.num_rows for group in groups)
     if width > most_rows:
         text = f"the request has {width} sequences; the largest group runs {most_rows} at once (max_sequences); ask for fewer"
         return rejected(StatusCode.INVALID_ARGUMENT, "TOO_MANY_SEQUENCES", text, {"sequences": width, "limit": most_rows})

@@ -35,8 +35,20 @@ class StepDraft:
     chunked: list[tuple[Sequence, int]] = field(default_factory=list)  # (sequence, first token) of each chunk
     samples: list[tuple[int, int]] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)  # of each sample
+    decoded: list[Sequence] = field(default_factory=list)  # sticky rows that decode, ascending
+    num_prefill_tokens: int = 0
     held: set[int] = field(default_factory=set)  # sticky rows that must not decode in this step
     waiting_beams: set[int] = field(default_factory=set)  # handles of beam searches without the blocks for their next step
+
+    def sample(self, sequence: Sequence, *, source_row: int) -> None:
+        """Have the sequence's next token drawn from the logits of a row's last token."""
+        self.samples.append((source_row, sequence.row))
+        self.sampled.append(sequence)
+        sequence.num_in_flight += 1
+
+    @property
+    def computes(self) -> bool:
+        return bool(self.decoded or self.chunks)
 
     def plan(
         self, *, term: int, step_id: int, remove_rows: tuple[int, ...], hold_rows: tuple[int, ...], wait_copies: tuple[int, ...]

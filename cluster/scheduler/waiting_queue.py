@@ -16,13 +16,17 @@ from typing import Final, TypeAlias
 from quire.cluster.scheduler.request import Request
 from quire.cluster.scheduler.timers import Timers
 
-LOWEST_LEVEL: Final = 1
 HIGHEST_LEVEL: Final = 3
 # Tenants without requests whose counters are remembered.
 MAX_IDLE_TENANTS: Final = 10_000
 
 # (urgency, arrival, handle): what orders requests of one lane.
 _Key: TypeAlias = tuple[float, float, int]
+
+
+def risen_level(level: int, waited_s: float, *, ageing_s: float) -> int:
+    """The class of a request after so long a wait."""
+    return min(HIGHEST_LEVEL, level + int(waited_s / ageing_s))
 
 
 @dataclass(slots=True)

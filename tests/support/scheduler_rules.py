@@ -50,7 +50,7 @@ class WatchedScheduler(Scheduler):
         if group is None:
             return plan
         if plan is None:
-            runs = [s for s in group._decoding.values() if not s.is_planned_to_its_end]
+            runs = [s for s in group.batch.decoding.values() if not s.is_planned_to_its_end]
             if runs and len(group.outstanding) < 2:
                 assert self._lacks_blocks(group, runs), "plan-ahead: a row could go on, and is not planned"
             elif group.is_ready and not group.outstanding:
@@ -102,7 +102,7 @@ class WatchedScheduler(Scheduler):
         if sent.sampled or plan.chunks:
             self.num_working_plans += 1
         chunked = {id(sequence) for sequence, _ in sent.chunks}
-        left_out = [s for s in group._prefilling if id(s) not in chunked and s.leader is None]
+        left_out = [s for s in group.batch.prefilling if id(s) not in chunked and s.leader is None]
         left_out_short = [s for s in left_out if s.prefill_end - s.num_planned <= config.max_batched_tokens / 2]
         if left_out_short:
             room = config.max_batched_tokens - sent.num_decoding - num_chunk_tokens
@@ -114,11 +114,11 @@ class WatchedScheduler(Scheduler):
         assert not (
             longs and left_out_short and sum(c.count for c in longs) > max(1, (config.max_batched_tokens - sent.num_decoding) // 2)
         ), "S1: a long prompt takes what short ones need"
-        held = group._held - group._beam_rows
+        held = group.batch.held - group.batch.beam_rows
         if held:
             self.seen["held rows"] += 1
-            rows = [s for row, s in group._decoding.items() if row in held]
-            by_share = sent.num_decoding >= math.floor(config.max_batched_tokens * 7 / 8) and (num_prefill > 0 or group._prefilling)
+            rows = [s for row, s in group.batch.decoding.items() if row in held]
+            by_share = sent.num_decoding >= math.floor(config.max_batched_tokens * 7 / 8) and (num_prefill > 0 or group.batch.prefilling)
             if sent.num_decoding or num_chunk_tokens:
                 assert by_share or self._lacks_blocks(group, rows), "S1: a row is held though there are blocks for it"
         self.seen["plans ahead"] += len(group.outstanding) == 2
@@ -195,7 +195,7 @@ class WatchedScheduler(Scheduler):
     @staticmethod
     def _new_blocks(group: Group, request: Request) -> int:
         """Blocks that stop being available when the request is admitted, at least."""
-        found = group._find(request.sequences[0])
+        found = group.ledger.find(request.sequences[0])
         size = group.config.block_size
         return math.ceil(len(request.sequences[0].token_ids) / size) - len(found) + group.pool.num_unheld(found)
 
