@@ -112,10 +112,10 @@ class Batch:
     def keep_prefill_share(self, step_id: int, draft: StepDraft) -> None:
         """Hold decoding rows beyond their share of a step while prompts are there. Whose turn it is to wait moves on with the step."""
         decoders = self.decoders()
-        most = max(1, math.floor(self._max_batched_tokens * (1 - PREFILL_SHARE)))
+        most = max(1, math.floor(self._max_batched_tokens * (1 - PREFILL_SHARE))) - len(self.stepping)
         if self.prefilling and len(decoders) > most:
             first = step_id * most % len(decoders)
-            turn = {(first + place) % len(decoders) for place in range(most)}
+            turn = {(first + place) % len(decoders) for place in range(max(0, most))}
             draft.held = {sequence.row for place, sequence in enumerate(decoders) if place not in turn}
 
     def needy(self, draft: StepDraft) -> list[Sequence]:
@@ -223,6 +223,7 @@ class Batch:
                 sequence.fork_of = None
             else:
                 draft.add_rows.append(_row_add(sequence))
+                sequence.reports_prompt = start == 0
             sequence.in_batch = True
             if sequence.request.beam:
                 self.beam_rows.add(sequence.row)

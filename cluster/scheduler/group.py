@@ -69,6 +69,7 @@ class Group:
         self._last_answer_s = 0.0
         self._next_step_id = 0
         self._draft = StepDraft()
+        self._num_promised = 0  # available blocks that held rows wait for, with others that are still to come
         self._build(num_gpu_blocks=0, num_cpu_blocks=0, num_rows=0)
         self.meter = StepMeter(prefill_tokens_per_s=(), copy_bytes_per_s=0.0, block_bytes=0)
 
@@ -242,6 +243,7 @@ class Group:
     def begin_step(self, now_s: float) -> list[Request]:
         """See to the rows that decode; the requests that lost their blocks for recompute, which must be queued again."""
         self._draft = StepDraft()
+        self._num_promised = 0
         self.batch.retire()
         self.batch.keep_prefill_share(self._next_step_id, self._draft)
         needy = self.batch.needy(self._draft)
@@ -251,8 +253,9 @@ class Group:
         """Bring swapped sequence groups back, in order, while there is room."""
         waiting = sorted(self.swapped.values(), key=lambda r: (-self._swapped_level(r, now_s), r.arrival_s, r.handle))
         for request in waiting:
-            if request.transfer is not None or request.awaits_result:
-                continue  # what it is made of is not all there yet
+            if request.transfer is not None:
+                continue  # its copies are on their way, and perhaps a token, which comes before their acknowledgement
+            assert not request.awaits_result
             if not self._swap_in(request, now_s):
                 return
 
@@ -454,7 +457,8 @@ class Group:
         return num_blocks, num_forks + self._watermark() + (len(self.running) if request.is_preempted else 0)
 
     def _watermark(self) -> int:
-        return max(1, int(self.pool.num_blocks * WATERMARK_SHARE))
+        """Blocks that must be left when somebody joins those that run."""
+        return max(1, int(self.pool.num_blocks * WATERMARK_SHARE)) + self._num_promised
 
     def _swapped_level(self, request: Request, now_s: float) -> int:
         """The class of a swapped request, which rises by waiting like that of one in the queue."""
@@ -463,10 +467,12 @@ class Group:
     def _bequeath(self, sequence: Sequence, siblings: list[Sequence]) -> None:
         """Siblings may count on what an ending sequence computes: then one of them computes it instead."""
         unforked = [sibling for sibling in siblings if not sibling.block_table]
-        if unforked:  # all of them are to be forked from it
+        if unforked and sequence.block_table:  # all of them are to be forked from it
             heir = unforked[0]
             heir.block_table, sequence.block_table = sequence.block_table, []
             heir.block_hashes, heir.num_published, heir.num_planned = sequence.block_hashes, sequence.num_published, sequence.num_planned
+            if heir.sampling.num_prompt_logprobs is not None:
+                heir.num_planned = 0  # a row reports the log probabilities of what it computes itself
             self.batch.start(heir)
         followers = [sibling for sibling in siblings if sibling.leader is sequence]
         if followers and sequence.num_planned < followers[0].shared_tokens:
@@ -503,33 +509,36 @@ class Group:
         they have been copied; who waits for those is held.
         """
         requeued: list[Request] = []
+        pool, copies = self.pool, self.copies
         by_request: dict[int, list[Sequence]] = {}
         for sequence in needy:
             by_request.setdefault(sequence.handle, []).append(sequence)
-        num_coming = self.copies.num_leaving()
+        num_coming = copies.num_leaving()
+        num_promised = 0  # blocks that those before wait for: of the coming ones, and of the available ones if these are too few
         waiting: list[list[Sequence]] = []
         for sequences in sorted(by_request.values(), key=lambda sequences: _seniority(sequences[0].request)):
             request = sequences[0].request
             if request.state is not RequestState.RUNNING:
                 continue  # preempted for one before it
             num_blocks = self.ledger.num_blocks_wanted(sequences)
-            while self.pool.num_available < num_blocks:
-                if self.pool.num_available + num_coming >= num_blocks or (victim := self._victim()) is None:
-                    num_coming -= num_blocks
+            while pool.num_available - max(0, num_promised - num_coming) < num_blocks:
+                if pool.num_available + num_coming - num_promised >= num_blocks or (victim := self._victim()) is None:
+                    num_promised += num_blocks
                     waiting.append(sequences)
                     break
                 if self._preempt(victim, request, now_s):
                     requeued.append(victim)
-                num_coming = self.copies.num_leaving()
+                num_coming = copies.num_leaving()
                 if victim is request:
                     break
             else:
                 self._give(request, sequences)
+        self._num_promised = max(0, num_promised - num_coming)
         for sequences in waiting:
             request = sequences[0].request
             if request.state is not RequestState.RUNNING:
                 continue
-            if self.ledger.num_blocks_wanted(sequences) <= self.pool.num_available:  # a later victim left them at once
+            if self.ledger.num_blocks_wanted(sequences) <= pool.num_available:  # a later victim left them at once
                 self._give(request, sequences)
             elif request.beam:
                 self._draft.waiting_beams.add(request.handle)
@@ -579,8 +588,11 @@ class Group:
         """
         if self.config.preemption == "recompute":
             return False, "as told"
-        if not saved or any(s.leader is not None or not s.block_table for s in request.sequences):
+        sequences = request.sequences
+        if not saved or any(s.leader is not None or not s.block_table for s in sequences):
             return False, "its prompt was not all computed"
+        if any(s.sampling.num_prompt_logprobs is not None and s.num_planned < s.num_prompt_tokens for s in sequences):
+            return False, "the log probabilities of its prompt come from one go"
         if len(saved) > self.cpu_pool.num_available:
             return False, f"its {len(saved)} blocks do not fit into the {self.cpu_pool.num_available} free ones of the swap pool"
         if self.config.preemption == "swap":
@@ -672,8 +684,9 @@ class Group:
         """`apply` for results with more than plain tokens."""
         errors, beams, logprobs = dict(result.row_errors), dict(result.beam_candidates), dict(result.logprobs)
         for index, chunk_logprobs in result.prompt_logprobs:
-            if index < len(sent.chunks) and not sent.chunks[index][0].ended:
-                applied.prompt_logprobs.append((*sent.chunks[index], chunk_logprobs))
+            sequence, start = sent.chunks[index]
+            if sequence.reports_prompt and sequence.request.state is not RequestState.ENDED:
+                applied.prompt_logprobs.append((sequence, start, chunk_logprobs))
         token_ids = iter(result.token_ids)
         for index, sequence in enumerate(sent.sampled):
             token_id = next(token_ids) if result.counts[index] else None

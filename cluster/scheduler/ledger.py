@@ -30,7 +30,12 @@ class Ledger:
         return self.pool.find(sequence.block_hashes[: (len(sequence.token_ids) - 1) // self.block_size])
 
     def publish_planned(self, sequence: Sequence) -> None:
-        """Blocks of known tokens can be found as soon as they are planned: a later plan that reads them is computed later."""
+        """Blocks of known tokens can be found as soon as they are planned: a later plan that reads them is computed later.
+
+        Those of a prompt whose log probabilities are asked for may be computed twice, so nobody shares them before its end.
+        """
+        if sequence.sampling.num_prompt_logprobs is not None and sequence.num_planned < sequence.num_prompt_tokens:
+            return
         self._publish(sequence, min(sequence.num_planned // self.block_size, len(sequence.block_hashes)))
 
     def publish_decoded(self, sequence: Sequence) -> None:

@@ -38,6 +38,7 @@ class Sequence:
     sampling: SamplingState  # its sequence_index is `index`
     row: int = -1  # in the group's batch; -1 outside it
     in_batch: bool = False  # a plan gave the ranks this row
+    reports_prompt: bool = False  # the ranks compute its prompt from the first token on, with log probabilities if asked to
     fork_of: "Sequence | None" = None  # with a row, not in_batch: the ranks make the row by forking this one's
     block_table: list[int] = field(default_factory=list)
     cpu_table: list[int] = field(default_factory=list)

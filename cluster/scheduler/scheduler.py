@@ -460,7 +460,7 @@ class Scheduler:
         first = max(start, 1)  # nothing comes before the first token
         sent = request.num_prompt_logprobs + 1  # the first position not sent
         begin, end = max(sent - first, 0), sequence.num_prompt_tokens - first
-        if sequence is not request.sequences[0] or first > sent or begin >= min(end, len(entry.logprobs)):
+        if first > sent or begin >= min(end, len(entry.logprobs)):
             return
         kept = Logprobs(entry.logprobs[begin:end], entry.ranks[begin:end], entry.top_ids[begin:end], entry.top_logprobs[begin:end])
         request.num_prompt_logprobs += len(kept.logprobs)
@@ -590,9 +590,6 @@ class Scheduler:
                 request.preempted_at_s = now_s
             for sequence in request.sequences:
                 sequence.forget_blocks()
-                sequence.num_in_flight = 0
-            if request.beam is not None:
-                request.beam.reported = {}
             request.spare_rows = []
             request.transfer = None
             request.state = RequestState.WAITING
@@ -602,7 +599,7 @@ class Scheduler:
             if request.num_group_deaths >= MAX_GROUP_DEATHS:
                 text = f"{request.num_group_deaths} worker groups died while they ran this request; it is not tried again"
                 self._fail(request, StatusCode.INTERNAL, "GROUP_DIED", text, retryable=False)
-        for request in self.queue.all():  # what was preempted before, and had a token on its way from this group
+        for request in self.queue.all():  # what these, and those that were preempted before, had on its way from this group
             if request.group_id == group.group_id and request.awaits_result:
                 for sequence in request.sequences:
                     sequence.num_in_flight = 0

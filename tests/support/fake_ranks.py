@@ -18,6 +18,7 @@ from quire.common.messages import (
 )
 
 VOCAB_SIZE = 997
+BEAM_VOCAB_SIZE = 41
 TOKEN_BYTES = 4
 POISON = b"\xff"  # what nobody wrote
 
@@ -46,15 +47,15 @@ def expected_completion(prompt_ids: Sequence[int], sampling: SamplingState, *, m
 def beam_candidates(encoded: bytes | bytearray, sampling: SamplingState, count: int, num_tokens: int) -> tuple[tuple[int, float], ...]:
     """The pretended model's most likely next tokens with their log probabilities, `count` of them, all distinct."""
     first = zlib.crc32(encoded, 7)
-    # A step of 1 modulo the vocabulary keeps the tokens distinct; stop ids are never among them while they are forbidden.
+    # Few tokens, so that some are stop ids; these are not there while they are forbidden.
     pairs: list[tuple[int, float]] = []
     place = 0
     while len(pairs) < count:
-        token_id = (first + place * 89) % VOCAB_SIZE
+        token_id = (first + place * 7) % BEAM_VOCAB_SIZE
         place += 1
         if token_id in sampling.stop_ids and num_tokens < sampling.min_tokens:
             continue
-        pairs.append((token_id, -0.1 - 0.37 * len(pairs) - (zlib.crc32(encoded, token_id) % 97) / 500))
+        pairs.append((token_id, -0.1 - 0.05 * len(pairs) - (zlib.crc32(encoded, token_id) % 997) / 1500))
     return tuple(sorted(pairs, key=lambda pair: -pair[1]))
 
 
@@ -91,7 +92,7 @@ def hello(
 
 
 class _Row:
-    __slots__ = ("block_ids", "encoded", "index", "num_computed", "num_prompt", "num_tokens", "sampling")
+    __slots__ = ("block_ids", "encoded", "first_reported", "index", "num_computed", "num_prompt", "num_tokens", "sampling")
 
     def __init__(self, add: RowAdd) -> None:
         self.encoded = encode_tokens(add.token_ids)
@@ -99,12 +100,15 @@ class _Row:
         self.num_prompt = add.prompt_len
         self.block_ids = list(add.block_ids)
         self.num_computed = add.num_computed
+        # Of a prompt token, from the logits of the one before, which the row must have computed itself.
+        self.first_reported = add.num_computed + 1
         self.sampling = add.sampling
         self.index = add.sampling.sequence_index
 
     def fork(self, index: int) -> "_Row":
         child = object.__new__(_Row)
         child.encoded, child.num_tokens, child.num_prompt = bytearray(self.encoded), self.num_tokens, self.num_prompt
+        child.first_reported = self.first_reported
         child.block_ids, child.num_computed = list(self.block_ids), self.num_computed
         child.sampling, child.index = self.sampling, index
         return child
@@ -209,7 +213,7 @@ class FakeRank:
             assert chunk.start == row.num_computed, chunk
             self._write(row, chunk.count)
             if row.sampling.num_prompt_logprobs is not None:
-                positions = range(max(chunk.start, 1), chunk.start + chunk.count)
+                positions = range(max(chunk.start, row.first_reported), chunk.start + chunk.count)
                 values = tuple(logprob_of(row.encoded[: p * TOKEN_BYTES], p) for p in positions)
                 prompt_logprobs.append((index, Logprobs(values, (1,) * len(values), ((),) * len(values), ((),) * len(values))))
         for number in decoding:

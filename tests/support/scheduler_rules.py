@@ -31,6 +31,7 @@ class WatchedScheduler(Scheduler):
         self.num_working_plans = 0
         self._waiting_since: dict[int, int] = {}
         self.longest_wait = 0
+        self._prefilling_before: dict[str, set[int]] = {}  # sequences in prefill after the last plan, by group
 
     @property
     def has_messages(self) -> bool:
@@ -103,24 +104,38 @@ class WatchedScheduler(Scheduler):
             self.num_working_plans += 1
         chunked = {id(sequence) for sequence, _ in sent.chunks}
         left_out = [s for s in group.batch.prefilling if id(s) not in chunked and s.leader is None]
+        room = config.max_batched_tokens - sent.num_decoding - num_chunk_tokens
+        assert room == 0 or all(chunk.is_last for chunk in plan.chunks), "S1: a prompt waits while a step has room for it"
+        assert all(s.num_to_prefill > 0 for s in group.batch.prefilling), "a sequence in prefill has nothing to compute"
         left_out_short = [s for s in left_out if s.prefill_end - s.num_planned <= config.max_batched_tokens / 2]
         if left_out_short:
-            room = config.max_batched_tokens - sent.num_decoding - num_chunk_tokens
             assert room == 0, "S1: a prompt waits while a step has room for it"
-            assert num_prefill >= int(config.max_batched_tokens * PREFILL_SHARE), "S1: decoding leaves prompts less than their share"
+            was_there = any(id(s) in self._prefilling_before.get(group.group_id, ()) for s in left_out_short)
+            assert not was_there or num_prefill >= int(config.max_batched_tokens * PREFILL_SHARE), (
+                "S1: decoding leaves prompts less than their share"
+            )
         short_first = [s for s, start in sent.chunks if s.prefill_end - start <= config.max_batched_tokens / 2]
         if longs and (short_first or left_out_short) and not left_out_short and sum(c.count for c in longs) > 1:
             self.seen["a long prompt beside short ones"] += 1
         assert not (
             longs and left_out_short and sum(c.count for c in longs) > max(1, (config.max_batched_tokens - sent.num_decoding) // 2)
         ), "S1: a long prompt takes what short ones need"
+        self._prefilling_before[group.group_id] = {id(s) for s in group.batch.prefilling}
         held = group.batch.held - group.batch.beam_rows
         if held:
             self.seen["held rows"] += 1
             rows = [s for row, s in group.batch.decoding.items() if row in held]
-            by_share = sent.num_decoding >= math.floor(config.max_batched_tokens * 7 / 8) and (num_prefill > 0 or group.batch.prefilling)
+            by_share = sent.num_decoding + beams >= math.floor(config.max_batched_tokens * 7 / 8) and (
+                num_prefill > 0 or group.batch.prefilling
+            )
             if sent.num_decoding or num_chunk_tokens:
                 assert by_share or self._lacks_blocks(group, rows), "S1: a row is held though there are blocks for it"
+            leaving = Counter(c.gpu_block for c in group.copies.under_way() if c.is_out)
+            num_coming = sum(group.pool.ref_count(block) == count for block, count in leaving.items())
+            num_waiting = _wanted(group, [s for s in rows if s.num_planned >= s.write_limit])
+            can_yield = [r for r in group.running.values() if r.state is RequestState.RUNNING and r.needs_steps]
+            enough = num_waiting <= num_coming + _num_unheld(group)
+            assert by_share or enough or not can_yield, "S5: rows wait for blocks that do not come"
         self.seen["plans ahead"] += len(group.outstanding) == 2
         self.seen["copies on write"] += len(plan.cow)
         self.seen["forks"] += len(plan.forks)
@@ -222,13 +237,16 @@ class WatchedScheduler(Scheduler):
         lowest = min(r.level for r in candidates)
         latest = max((r for r in candidates if r.level == lowest), key=lambda r: (r.arrival_s, r.handle))
         assert victim is latest, "S5: the victim is not the latest arrival of the lowest class"
-        needy = [s for s in beneficiary.sequences if s.num_planned >= s.write_limit and s.row >= 0]
-        assert _num_unheld(group) < len(needy), "S5: a preemption though blocks are there"
+        first = (-beneficiary.level, beneficiary.arrival_s, beneficiary.handle)
+        seniors = [r for r in group.running.values() if (-r.level, r.arrival_s, r.handle) <= first]
+        waiting = [s for r in seniors for s in r.sequences if s.num_planned >= s.write_limit and s.row >= 0 and s.block_table]
+        assert _num_unheld(group) < _wanted(group, waiting), "S5: a preemption though blocks are there"
         saved: Counter[int] = Counter()
         for sequence in victim.sequences:
             saved.update(sequence.block_table[: math.ceil(sequence.num_planned / group.config.block_size)])
-        fits = bool(saved) and len(saved) <= group.cpu_pool.num_available
+        self._fits = fits = bool(saved) and len(saved) <= group.cpu_pool.num_available
         partly = any(s.leader is not None or not s.block_table for s in victim.sequences)
+        partly |= any(s.sampling.num_prompt_logprobs is not None and s.num_planned < s.num_prompt_tokens for s in victim.sequences)
         lost = sum(group.pool.ref_count(block) == count for block, count in saved.items()) * group.config.block_size
         recompute_s = group.meter.recompute_s(lost)
         swap_s = group.meter.swap_s(len(saved), backlog=len(group.copies))
@@ -240,6 +258,8 @@ class WatchedScheduler(Scheduler):
 
     def _after_preempt(self, group: Group, recompute: bool, victim: Request, *_: Any) -> None:
         assert recompute != self._swap_expected, "S6: the dearer kind of preemption was chosen"
+        if group.config.preemption == "auto" and self._fits and group.meter.recompute_s(1) is not None:
+            self.seen[f"{'recompute' if recompute else 'swap'} was cheaper"] += 1
         kind = "recompute" if recompute else "swap"
         self.seen[f"preemptions by {kind}"] += 1
         if victim.beam:
@@ -283,6 +303,21 @@ def _watch(group: Group, name: str, before: Callable[..., None], after: Callable
         return result
 
     setattr(group, name, watched)
+
+
+def _wanted(group: Group, sequences: list[Any]) -> int:
+    """Blocks that must be had before these sequences can write: new ones, and a copy for each but the last holder of a shared one."""
+    size = group.config.block_size
+    count = 0
+    holders = Counter({block: holding for block, holding in enumerate(group.pool.ref_counts())})
+    for sequence in sequences:
+        place = sequence.num_planned // size
+        if place == len(sequence.block_table):
+            count += 1
+        elif holders[sequence.block_table[place]] > 1:
+            holders[sequence.block_table[place]] -= 1
+            count += 1
+    return count
 
 
 def _num_unheld(group: Group) -> int:

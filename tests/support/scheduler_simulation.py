@@ -7,11 +7,11 @@ scheduler, and the rules of docs/DESIGN.md §5 are watched from outside (schedul
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from beam_reference import reference_beam_search
-from fake_ranks import VOCAB_SIZE, FakeRank, expected_completion, hello, logprob_of
+from fake_ranks import BEAM_VOCAB_SIZE, VOCAB_SIZE, FakeRank, expected_completion, hello, logprob_of
 from fake_ranks import encode_tokens as encode
 from scheduler_rules import WatchedScheduler
 
@@ -67,6 +67,7 @@ class Client:
     kept: dict[int, int] = field(default_factory=dict)  # tokens kept by a Finish, by sequence
     end: str = ""
     has_deadline: bool = False
+    decoded_from: int = 0  # its prompt's tokens from here on are what another request produced
     num_prompt_logprobs: int = 0
 
 
@@ -102,18 +103,20 @@ class World:
         max_prompt = rng.choice((3, 8, 20))
         max_tokens = rng.choice((3, 8, 14))
         most = -(-(max_prompt + max_tokens) // block_size) + 1
+        is_crowd = rng.random() < 0.1  # as many rows as a step has tokens, and blocks for all of them
+        max_batched_tokens = rng.choice((16, 24)) if is_crowd else rng.choice((4, 9, 16, 40))
         return World(
             num_groups=rng.choice((1, 1, 2, 3)),
             num_ranks=rng.choice((1, 1, 1, 2)),
             block_size=block_size,
-            num_blocks=rng.randint(most, 2 * most),
+            num_blocks=rng.randint(most, 2 * most) * (6 if is_crowd else 1),
             num_cpu_blocks=rng.choice((0, most // 2, 2 * most, 4 * most)),
-            max_rows=rng.randint(2, 8),
-            max_batched_tokens=rng.choice((4, 9, 16, 40)),
+            max_rows=max_batched_tokens if is_crowd else rng.randint(2, 8),
+            max_batched_tokens=max_batched_tokens,
             max_model_len=max_prompt + max_tokens,
             preemption=rng.choice(("auto", "auto", "swap", "recompute")),
             max_waiting=rng.choice((4, 12, 12)),
-            arrival_rate=rng.choice((0.1, 0.2, 0.4)),
+            arrival_rate=0.8 if is_crowd else rng.choice((0.1, 0.2, 0.4)),
             burst=rng.choice((1, 1, 5)),
             max_prompt=max_prompt,
             max_tokens=max_tokens,
@@ -179,6 +182,8 @@ class Simulation:
         self.num_requests = 0
         self.num_plans = 0
         self.num_draining = 0
+        self.decoded_from = 0
+        self.lost_by_stale = False
         self.is_over = False
         for index in range(world.num_groups):
             self._start_group(f"g{index}", 1)
@@ -186,6 +191,12 @@ class Simulation:
         for gateway in self.gateways:
             self.scheduler.hello(gateway, Hello(PROTOCOL_VERSION, gateway.decode()))
         self._deliver()
+
+    @property
+    def seen(self) -> Counter[str]:
+        """What happened, for coverage."""
+        ends = Counter(client.end for client in self.clients.values())
+        return self.scheduler.seen + ends
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -230,8 +241,9 @@ class Simulation:
             if not group.is_dead:
                 self._work(group)
         for group in self.retired:
-            if rng.random() < 0.1:
+            if rng.random() < 0.3:
                 self._answer(group)
+                assert not self.lost_by_stale, "a message of a term that is over loses the group"
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
@@ -244,8 +256,8 @@ class Simulation:
         beam = BeamSearch(num_sequences, rng.choice((0.0, 1.0, 2.0)), rng.choice((1, 2, 3))) if kind > 0.92 else None
         stop_ids: tuple[int, ...] = ()
         if rng.random() < 0.5:
-            first = rng.randrange(VOCAB_SIZE - 60)
-            stop_ids = tuple(range(first, first + (60 if beam is None else 2)))
+            first = rng.randrange(VOCAB_SIZE - 60) if beam is None else rng.randrange(BEAM_VOCAB_SIZE - 4)
+            stop_ids = tuple(range(first, first + (60 if beam is None else 4)))
         sampling = SamplingState(
             seed=rng.randrange(5),
             stop_ids=stop_ids,
@@ -274,6 +286,7 @@ class Simulation:
             beam=beam,
         )
         client = Client(submit.request_id, submit, rng.choice(self.gateways), has_deadline=has_deadline)
+        client.decoded_from = self.decoded_from
         self.clients[client.name] = client
         self.scheduler.submit(client.gateway, submit, self.now_s)
         self._deliver()
@@ -283,18 +296,22 @@ class Simulation:
         rng, most = self.rng, self.world.max_prompt
         kind = rng.random()
         begin: list[int] = []
+        self.decoded_from = most
         if kind < 0.4:
             begin = self.base[: rng.randint(0, most)]
         elif kind < 0.6 and self.by_handle:
             other = rng.choice(list(self.by_handle.values()))
             begin = [*other.submit.prompt_ids, *other.received[0]][: rng.randint(0, most)]
+            self.decoded_from = len(other.submit.prompt_ids)
         own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0 if begin else 1, max(1, most - len(begin))))]
         return (begin + own)[:most]
 
     def _interfere(self) -> None:
         """A client goes away, ends a sequence early, or its gateway submits it again."""
         rng = self.rng
-        client = rng.choice(list(self.by_handle.values()))
+        clients = list(self.by_handle.values())
+        young = [client for client in clients if client.submit.n > 1 and client.submit.beam is None and not any(client.received)]
+        client = rng.choice(young if young and rng.random() < 0.3 else clients)
         submit = client.submit
         action = rng.random()
         open_sequences = [i for i in range(len(client.expected)) if i not in client.ended and i not in client.cancelled]
@@ -358,15 +375,15 @@ class Simulation:
                 answer = answers.popleft()
                 if isinstance(answer, StepResult):
                     self.scheduler.apply(group.group_id, answer, self.now_s)
-                    self._deliver()
+                    self._deliver(is_stale=group in self.retired)
                 else:
                     self.scheduler.ack(group.group_id, answer, self.now_s)
                     if answer.copies_done or answer.copies_failed or answer.error:
-                        self._deliver()
+                        self._deliver(is_stale=group in self.retired)
                 if self.rng.random() < 0.2:
                     break
 
-    def _deliver(self) -> None:
+    def _deliver(self, *, is_stale: bool = False) -> None:
         """The scheduler's messages reach gateways and controller."""
         self.scheduler.check()
         outbox = self.scheduler.take_outbox()
@@ -374,6 +391,7 @@ class Simulation:
             self._receive(gateway, message)
         for control in outbox.to_controller:
             if isinstance(control, GroupLost):
+                self.lost_by_stale = is_stale
                 self._lost(control.group_id, control.term)
             elif isinstance(control, GroupDrained):
                 self.num_draining -= 1
@@ -431,7 +449,7 @@ class Simulation:
                 if client.has_deadline:
                     allowed.append(StatusCode.DEADLINE_EXCEEDED)
                 assert message.code in allowed, message
-                self._end(client, "failed")
+                self._end(client, "expired" if message.code == StatusCode.DEADLINE_EXCEEDED else "failed")
             case Welcome():
                 pass
 
@@ -456,7 +474,8 @@ class Simulation:
             assert message.usage.num_prompt_tokens == len(client.submit.prompt_ids)
             assert message.usage.num_cached_tokens < len(client.submit.prompt_ids)
         if message.is_last:
-            if client.submit.sampling.num_prompt_logprobs is not None:
+            self.scheduler.seen["hits behind decoded tokens"] += message.usage.num_cached_tokens > client.decoded_from
+            if client.submit.sampling.num_prompt_logprobs is not None and not client.kept:
                 assert client.num_prompt_logprobs == len(client.submit.prompt_ids) - 1
             del self.by_handle[message.handle]
             self._end(client, "finished")
@@ -480,7 +499,12 @@ class Simulation:
         elif kind < 0.6:  # a rank dies, and Ray tells the controller
             self.scheduler.detach(DetachGroup(group.group_id, group.term, "a rank died"), self.now_s)
             self._lost(group.group_id, group.term)
-        elif kind < 0.75:  # a rank says that it fails
+        elif kind < 0.7 and self.retired:  # a rank of a term that is over says that it fails
+            late = self.retired[-1]
+            self.scheduler.ack(late.group_id, StepAck(late.term, 0, 0, error="late"), self.now_s)
+            self._deliver(is_stale=True)
+            assert not self.lost_by_stale, "a message of a term that is over loses the group"
+        elif kind < 0.8:  # a rank says that it fails
             self.scheduler.ack(group.group_id, StepAck(group.term, 0, 0, error="out of memory"), self.now_s)
         elif kind < 0.9:  # a result is lost on the way
             if group.answers[0]:
@@ -497,6 +521,7 @@ class Simulation:
             return
         if group_id in self.scheduler.groups and self.scheduler.groups[group_id].draining:
             self.num_draining -= 1
+        self.scheduler.seen["groups lost"] += 1
         del self.groups[group_id]
         self.retired = [*self.retired[-2:], group]
         self.restarts.append((self.now_s + self.rng.uniform(0.05, 0.5), group_id, term + 1))
@@ -529,6 +554,7 @@ class Simulation:
                 num_cpu_blocks=world.num_cpu_blocks,
                 max_rows=world.max_rows,
                 copy_bytes_per_s=1e6,
+                prefill_tokens_per_s=((1, 300.0), (16, 2000.0)) if world.measured_speed else (),
             )
             self.scheduler.rank_hello(message, self.now_s)
         self._deliver()
