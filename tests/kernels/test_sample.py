@@ -11,8 +11,8 @@ from quire.kernels.sample import SamplingInputs, broken_rows, filter_min_p, filt
 
 def inputs_of(rows: Sequence[Mapping[str, float]]) -> SamplingInputs:
     """SamplingInputs from one dict per row; what a dict leaves out changes nothing."""
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "sequence_index": 0, "position": 0}
-    dtypes = {"temperature": torch.float32, "min_p": torch.float32, "top_p": torch.float64}
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "seed": 0, "sequence_index": 0, "position": 0}
+    dtypes = {"temperature": torch.float32, "min_p": torch.float32, "typical_p": torch.float32, "top_p": torch.float64}
     filled = [{**defaults, **row} for row in rows]
     return SamplingInputs(**{name: torch.tensor([row[name] for row in filled], dtype=dtypes.get(name, torch.int64)) for name in defaults})
 
