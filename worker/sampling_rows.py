@@ -37,7 +37,7 @@ class SamplingRows:
         self._columns = {name: torch.zeros(max_rows, dtype=dtype, device=device) for name, dtype in _COLUMNS.items()}
         self.rules = LogitRules(vocab_size=vocab_size, device=device)
         self.penalised: set[int] = set()  # rows with any penalty
-        self.num_logprobs: dict[int, int] = {}  # of most likely tokens beside the drawn one, for rows that ask for log probabilities
+        self.num_logprobs: dict[int, int] = {}  # of most likely tokens beside the drawn one, for rows that draw and ask
         self.num_beam_candidates: dict[int, int] = {}  # for beams, which draw nothing
 
     def clear(self) -> None:
@@ -66,10 +66,10 @@ class SamplingRows:
             self.rules.set(row, state, prompt_len=prompt_len)
             if (state.repetition_penalty, state.frequency_penalty, state.presence_penalty) != (1, 0, 0):
                 self.penalised.add(row)
-            if state.num_logprobs is not None:
-                self.num_logprobs[row] = state.num_logprobs
             if state.num_beam_candidates > 0:
                 self.num_beam_candidates[row] = state.num_beam_candidates
+            elif state.num_logprobs is not None:
+                self.num_logprobs[row] = state.num_logprobs
         indices = torch.tensor(rows, device=self._device)
         for name, column in self._columns.items():
             values = [_signed(state.seed) if name == "seed" else getattr(state, name) for state in states]
