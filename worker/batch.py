@@ -193,6 +193,7 @@ class Batch:
 
     def check(self) -> None:
         """Assert every invariant, the device's copy included."""
+        self.sampling.check(self.rows)
         for row, state in self.rows.items():
             assert state.num_computed <= min(state.length, len(state.block_ids) * self.block_size), (row, state)
             assert 0 < state.prompt_len <= state.length <= self._max_tokens_per_row, (row, state)

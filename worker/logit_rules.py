@@ -1,6 +1,6 @@
 """Which tokens a row must not draw, or is to draw more or less often: bias, allowed and bad ids, bad sequences, min_tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ class LogitRules:
     def __len__(self) -> int:
         """Rows that have rules."""
         return len(self._rows)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
 
     def clear(self) -> None:
         """Forget all rows."""

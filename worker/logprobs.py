@@ -64,7 +64,7 @@ def prompt_logprobs(batch: Batch, spans: Sequence[PromptSpan], logits: Tensor) -
         row = batch.rows[span.row]
         entries = _join([row.next_logprob or _NONE, *_following(batch, span, part)])
         # The chunk's last logits are those of the next chunk's first token.
-        is_ahead = span.start + span.count < row.prompt_len and len(span.places) > 0
+        is_ahead = span.start + span.count < row.prompt_len
         row.next_logprob = _slice(entries, -1, None) if is_ahead else None
         reported = _slice(entries, 0, -1) if is_ahead else entries
         if reported.logprobs:

@@ -1,6 +1,6 @@
 """The sampling state of every row, on the device, with the host's knowledge of which rows ask for what is rare."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Final
 
 import torch
@@ -101,6 +101,11 @@ class SamplingRows:
         """The repetition, frequency and presence penalties of these rows: [n] float32 each."""
         repetition, frequency, presence = (self._columns[f"{name}_penalty"][rows] for name in ("repetition", "frequency", "presence"))
         return repetition, frequency, presence
+
+    def check(self, rows: Container[int]) -> None:
+        """Assert that nothing is remembered of rows other than these."""
+        for remembered in (self.penalised, self.num_logprobs, self.num_beam_candidates, self.rules):
+            assert all(row in rows for row in remembered), (remembered, rows)
 
     def _check_ids(self, row: int, state: SamplingState) -> None:
         lists = {

@@ -30,6 +30,7 @@ from quire.common.errors import InternalError
 from quire.common.messages import Chunk, DrawPurpose, RowAdd, RowErrorCode, SamplingState
 from quire.kernels.sample import SamplingInputs, gumbel_noise
 from quire.worker.models.transformers_model import TransformersModel
+from quire.worker.sampler import sample_rows
 
 VOCAB_SIZE = 4096
 PROMPT = [17, 900, 3, 77, 900, 2048, 5, 6, 77]
@@ -261,6 +262,24 @@ def test_a_penalty_that_overflows_fails_its_own_row(make_runner: MakeRunner) -> 
     assert (result.counts, result.row_errors) == ((0, 1), ((0, RowErrorCode.NOT_FINITE),))
 
 
+def test_a_bad_sequence_that_begins_before_the_first_token_forbids_nothing(make_runner: MakeRunner, greedy: list[int]) -> None:
+    state = msgspec.structs.replace(GREEDY, bad_sequences=((PROMPT[0], *PROMPT, greedy[0]), (4, 4, 4, *PROMPT, greedy[0])))
+    assert PlanDriver(make_runner()).generate([PROMPT], num_tokens=NUM_TOKENS, chunk=100, sampling=[state]) == [greedy]
+
+
+def test_logits_that_are_broken_from_the_start_are_not_blamed_on_the_rules(make_runner: MakeRunner) -> None:
+    driver = PlanDriver(make_runner())
+    states = (GREEDY, msgspec.structs.replace(GREEDY, bad_ids=(7,)), msgspec.structs.replace(GREEDY, bad_ids=(5,)), GREEDY)
+    driver.step(add_rows=tuple(driver.add(row, PROMPT, state) for row, state in enumerate(states)))
+    logits = torch.zeros(4, VOCAB_SIZE)
+    logits[0, 9] = float("nan")
+    logits[1] = float("-inf")
+    logits[2:, 5] = 1.0
+    sampled = sample_rows(driver.runner.batch, logits, [0, 1, 2, 3])
+    assert sampled.errors == {0: RowErrorCode.NOT_FINITE, 1: RowErrorCode.NOT_FINITE}
+    assert sampled.token_ids.tolist() == [0, 0, 0, 5]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -279,14 +298,16 @@ def test_a_state_that_names_ids_outside_the_vocabulary_is_an_error(make_runner: 
 
 
 def test_a_rows_rules_leave_with_it(make_runner: MakeRunner, greedy: list[int]) -> None:
-    driver = PlanDriver(make_runner())
-    ruled = SamplingState(temperature=0.0, bad_ids=(greedy[0],), repetition_penalty=3.0, num_logprobs=4, num_beam_candidates=2)
-    added = driver.add(0, PROMPT, ruled, room=NUM_TOKENS)
-    result = driver.step(add_rows=(added,), chunks=(Chunk(0, 0, len(PROMPT), True),), samples=((0, 0),))
-    assert (result.counts, len(result.beam_candidates)) == ((0,), 1)
-    plain = RowAdd(0, tuple(PROMPT), len(PROMPT), 0, added.block_ids, 0, GREEDY)
-    for forget in ({"remove_rows": (0,)}, {}):
-        if not forget:
+    ruled = SamplingState(temperature=0.0, bad_ids=(greedy[0],), repetition_penalty=3.0, num_logprobs=4)
+    beam = msgspec.structs.replace(ruled, num_beam_candidates=2)
+    fields: dict[str, Any] = {"chunks": (Chunk(0, 0, len(PROMPT), True), Chunk(1, 0, len(PROMPT), True)), "samples": ((0, 0), (1, 1))}
+    for remove_rows in ((0, 1), ()):
+        driver = PlanDriver(make_runner())
+        result = driver.step(add_rows=(driver.add(0, PROMPT, ruled, room=1), driver.add(1, PROMPT, beam, room=1)), **fields)
+        assert (result.counts, len(result.logprobs), len(result.beam_candidates)) == ((1, 0), 1, 1)
+        if not remove_rows:
             driver.runner.clear()
-        result = driver.step(add_rows=(plain,), chunks=(Chunk(0, 0, len(PROMPT), True),), samples=((0, 0),), **forget)
-        assert (result.token_ids, result.logprobs, result.beam_candidates) == ((greedy[0],), (), ())
+            driver.runner.batch.check()
+        plain = (driver.add(1, PROMPT, room=1), driver.add(0, PROMPT, room=1))
+        result = driver.step(remove_rows=remove_rows, add_rows=plain, **fields)
+        assert (result.token_ids, result.logprobs, result.beam_candidates) == ((greedy[0], greedy[0]), (), ())
