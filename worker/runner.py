@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 
 import torch
+from msgspec.structs import replace
+from torch import Tensor
 
 from quire.common.errors import InternalError, NotSupported
 from quire.common.messages import Chunk, StepAck, StepPlan, StepResult
@@ -111,34 +113,33 @@ class Runner:
         # A step of chunks that end no prompt needs no logits; one row of them keeps every model's head happy.
         logits = self.model.forward(inputs, self.kv_cache, logits_index=torch.tensor(wanted or [0], device=batch.device))
         logits, prompt_logits = logits[: len(logits_rows)], logits[len(logits_rows) : len(wanted)]
-        of_prompts = prompt_logprobs(batch, spans, prompt_logits)
-        if not sampled:
-            done_s = time.perf_counter()
-            return StepResult(
-                plan.term, plan.step_id, prompt_logprobs=of_prompts, device_s=done_s - forward_s, host_s=forward_s - started_s
-            )
-        if len(logits_rows) < len(sources):
-            logits = logits[torch.tensor([logits_rows[source] for source in sources], device=batch.device)]
-        drawn = sample_rows(batch, logits, sampled)
-        # A failed draw appends as well: the row's length must go on as the scheduler expects.
-        batch.append_drawn([sampled[index] for index in drawn.drawing], drawn.token_ids[list(drawn.drawing)])
+        result = StepResult(plan.term, plan.step_id, prompt_logprobs=prompt_logprobs(batch, spans, prompt_logits))
+        if sampled:
+            if len(logits_rows) < len(sources):
+                logits = logits[torch.tensor([logits_rows[source] for source in sources], device=batch.device)]
+            result = self._sample(result, logits, sampled)
+        return replace(result, device_s=time.perf_counter() - forward_s, host_s=forward_s - started_s)
+
+    def _sample(self, result: StepResult, logits: Tensor, sampled: Sequence[int]) -> StepResult:
+        """Draw for the sampled rows, and put down what came of it: with the rows for the next step, in the result for the scheduler."""
+        drawn = sample_rows(self.batch, logits, sampled)
+        if len(drawn.drawing) == len(sampled):
+            self.batch.append_drawn(sampled, drawn.token_ids)
+        else:
+            self.batch.append_drawn([sampled[index] for index in drawn.drawing], drawn.token_ids[list(drawn.drawing)])
         token_ids = drawn.token_ids.tolist()
-        with_token = [index for index in drawn.drawing if index not in drawn.errors]
+        # A failed draw was appended as well: the row's length must go on as the scheduler expects. But it is not told as a token.
+        told = [index for index in drawn.drawing if index not in drawn.errors]
         counts = [0] * len(sampled)
-        for index in with_token:
+        for index in told:
             counts[index] = 1
-        done_s = time.perf_counter()
-        return StepResult(
-            term=plan.term,
-            step_id=plan.step_id,
+        return replace(
+            result,
             counts=tuple(counts),
-            token_ids=tuple(token_ids[index] for index in with_token),
+            token_ids=tuple(token_ids[index] for index in told),
             logprobs=drawn.logprobs,
-            prompt_logprobs=of_prompts,
             beam_candidates=drawn.beam_candidates,
             row_errors=tuple(sorted((index, int(code)) for index, code in drawn.errors.items())),
-            device_s=done_s - forward_s,
-            host_s=forward_s - started_s,
         )
 
     def _check_samples(self, plan: StepPlan, sampled: Sequence[int], *, computed: set[int]) -> None:
