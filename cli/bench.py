@@ -2,7 +2,7 @@
 
 import argparse
 
-from quire.bench import serve_load
+from quire.bench import scheduler_load, serve_load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,6 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve = benchmarks.add_parser("serve", help="load on a running server", description="Closed-loop load on a running server.")
     serve_load.add_arguments(serve)
     serve.set_defaults(run_benchmark=serve_load.run)
+    scheduler = benchmarks.add_parser(
+        "scheduler", help="CPU time of the scheduler", description="CPU time of the scheduler, per sequence and step; no server is needed."
+    )
+    scheduler_load.add_arguments(scheduler)
+    scheduler.set_defaults(run_benchmark=scheduler_load.run)
 
 
 def run(args: argparse.Namespace) -> int:

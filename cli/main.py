@@ -21,7 +21,7 @@ COMMANDS: Final = {
     "generate": ("quire.cli.generate", "continue a text"),
     "chat": ("quire.cli.chat", "talk with a model"),
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),
-    "bench": ("quire.cli.bench", "measure a running cluster"),
+    "bench": ("quire.cli.bench", "measure a running cluster, or its scheduler alone"),
     "demo": ("quire.cli.demo", "start a cluster, run 8 prompts at once, stop it"),
 }
 

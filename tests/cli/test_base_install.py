@@ -57,7 +57,8 @@ def test_the_sdk_imports_and_answers(server: FakeServer) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "Once upon a time.\n", "")
 
 
-def test_serve_says_what_to_install() -> None:
-    done = run_without_extra("from quire.cli.main import main; sys.exit(main(['serve']))")
+@pytest.mark.parametrize("arguments", [["serve"], ["bench", "scheduler"]], ids=lambda arguments: arguments[-1])
+def test_commands_of_the_server_say_what_to_install(arguments: list[str]) -> None:
+    done = run_without_extra(f"from quire.cli.main import main; sys.exit(main({arguments!r}))")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == 'quire serve needs the server extra; install it with: pip install "quire[server]"\n'
+    assert done.stderr == f'quire {arguments[0]} needs the server extra; install it with: pip install "quire[server]"\n'
