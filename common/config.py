@@ -75,6 +75,7 @@ class ServeConfig:
     drain_timeout_s: float = _setting(30.0, "seconds that running streams get to finish after SIGTERM")
     start_timeout_s: float = _setting(600.0, "seconds until every group must be ready")
     log_level: str = _setting("info", "how much is logged", choices=("debug", "info", "warning", "error"))
+    scheduler_journal: str | None = _setting(None, "file for everything that the scheduler is told and plans, for `quire debug replay`")
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
 
 

@@ -189,9 +189,10 @@ class _Controller:
             max_waiting_requests=self._config.max_waiting_requests,
             max_waiting_tokens=self._config.max_waiting_tokens,
             heartbeat_s=RANK_LEASE_S / 3,
+            min_step_timeout_s=MIN_STEP_TIMEOUT_S,
         )
         self._scheduler = ProcessActor.options(name="quire-scheduler").remote()
-        spec = {"process": asdict(process), "scheduler": asdict(scheduler)}
+        spec = {"process": asdict(process), "scheduler": asdict(scheduler), "journal": self._config.scheduler_journal}
         await self._scheduler.start.remote("quire.cluster.scheduler.process", spec, str(self._log("scheduler")))
         code = await self._scheduler.wait.remote()
         self._finish(f"the scheduler ended with code {code}")

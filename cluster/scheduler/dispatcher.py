@@ -67,14 +67,26 @@ class Dispatcher:
         open_groups = [
             group for group in groups if not group.is_closed_to(request, now_s) and (not group.draining or self._belongs_to(request, group))
         ]
-        if len(open_groups) > 1 and request.submit.block_hashes:
-            first = request.submit.block_hashes[0]
-            cached = [(group.prefix_hits(request), group) for group in open_groups if group.pool.knows(first) and not group.is_overloaded]
-            for num_hits, group in sorted(cached, key=lambda item: -item[0]):
-                if num_hits and group.has_room(request):
-                    return group
         open_groups.sort(key=lambda group: -group.pool.num_available)
-        return next((group for group in open_groups if group.has_room(request)), None)
+        cached = self._with_longest_prefix(request, open_groups) if len(open_groups) > 1 else []
+        return next((group for group in (*cached, *open_groups) if group.has_room(request)), None)
+
+    @staticmethod
+    def _with_longest_prefix(request: Request, groups: list[Group]) -> list[Group]:
+        """Those of the groups that remember some of the request and are not overloaded, longest prefix first, else in their order."""
+        hashes = request.submit.block_hashes
+        if not hashes:
+            return []
+        if request.sequences[0].num_completion_tokens == 0:
+            # Who knows a prompt's last usable block nearly always knows all of it: then nobody needs to count.
+            usable = (len(request.submit.prompt_ids) - 1) // groups[0].config.block_size
+            knowing = (group for group in groups if usable and group.pool.knows(hashes[usable - 1]) and not group.is_overloaded)
+            for group in knowing:
+                if group.has_room(request) and group.prefix_hits(request) == usable:
+                    return [group]
+        counted = [(group.prefix_hits(request), group) for group in groups if group.pool.knows(hashes[0]) and not group.is_overloaded]
+        counted.sort(key=lambda item: -item[0])
+        return [group for num_hits, group in counted if num_hits]
 
     @staticmethod
     def _belongs_to(request: Request, group: Group) -> bool:

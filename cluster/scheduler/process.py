@@ -6,11 +6,13 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import zmq
 
+from quire.cluster.scheduler.journal import JournaledScheduler
 from quire.cluster.scheduler.scheduler import Scheduler, SchedulerConfig
 from quire.common.child_process import enter_child
 from quire.common.clock import Clock, monotonic
@@ -216,7 +218,10 @@ def main(spec: dict[str, Any]) -> int:
     """Run until SIGTERM."""
     config = ProcessConfig(**spec["process"])
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s scheduler: %(message)s", stream=sys.stderr)
-    process = SchedulerProcess(config, Scheduler(SchedulerConfig(**spec["scheduler"])))
+    scheduler_config = SchedulerConfig(**spec["scheduler"])
+    journal = spec.get("journal")
+    scheduler = JournaledScheduler(scheduler_config, Path(journal)) if journal else Scheduler(scheduler_config)
+    process = SchedulerProcess(config, scheduler)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: process.stop())
     log.info("pid %d serves %s", os.getpid(), config.session_address)

@@ -125,6 +125,10 @@ class Scheduler:
         for group in self.groups.values():
             group.note = note
 
+    def request_id(self, handle: int) -> str:
+        """The client's name of a request that has not ended."""
+        return self._by_handle[handle].submit.request_id
+
     def take_outbox(self) -> Outbox:
         """What is to be sent since the last call."""
         outbox, self._outbox = self._outbox, Outbox()

@@ -94,6 +94,10 @@ class WatchedScheduler(Scheduler):
         num_prefill = num_chunk_tokens - beams
         assert all(s.num_planned < s.max_total for s in sent.sampled), "plan-ahead: a step is planned behind a known end"
         assert sent.num_decoding + num_chunk_tokens <= config.max_batched_tokens, "S1: a step with more tokens than allowed"
+        for sequence, start in sent.chunks:
+            if sequence.sampling.num_prompt_logprobs is None:
+                blocks = sequence.block_hashes[start // config.block_size : sequence.num_planned // config.block_size]
+                assert all(map(group.pool.knows, blocks)), "§4: a block of planned tokens cannot be found"
         longs = [
             chunk
             for chunk, (s, start) in zip(plan.chunks, sent.chunks, strict=True)
@@ -221,6 +225,8 @@ class WatchedScheduler(Scheduler):
         best = max(cached.values(), default=0)
         if best:
             assert cached.get(group.group_id) == best, "dispatch: another group has more of the prompt"
+            most = max(g.pool.num_available for g in able if cached.get(g.group_id) == best)
+            assert group.pool.num_available == most, "dispatch: another group with as much of the prompt has more blocks"
         else:
             assert group.pool.num_available == max(g.pool.num_available for g in able), "dispatch: another group has more blocks"
         self.seen["choices by prefix"] += len(able) > 1 and best > 0

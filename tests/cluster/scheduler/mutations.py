@@ -369,7 +369,9 @@ MUTATIONS = (
     ),
     # -- dispatch
     Mutation(
-        "dispatch: the longest cached prefix", "dispatcher", (("if len(open_groups) > 1 and request.submit.block_hashes:", "if False:"),)
+        "dispatch: the longest cached prefix",
+        "dispatcher",
+        (("self._with_longest_prefix(request, open_groups) if len(open_groups) > 1 else []", "[]"),),
     ),
     Mutation(
         "dispatch: else the most blocks", "dispatcher", (("        open_groups.sort(key=lambda group: -group.pool.num_available)\n", ""),)
