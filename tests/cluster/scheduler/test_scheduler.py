@@ -1,11 +1,14 @@
 """The whole scheduler with ranks in simulation: stories, then random ones from a seed."""
 
+import math
 import random
 from typing import Any
 
 import msgspec
 import pytest
 from fake_ranks import expected_completion, hello
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from story import CONFIG, GATEWAY, NEUTRAL, Story, config
 
 from quire.cluster.scheduler.scheduler import MAX_GROUP_DEATHS, Scheduler
@@ -39,6 +42,20 @@ def test_one_plan_is_always_on_its_way_while_another_computes() -> None:
     assert num_sent == 1
     story.run()
     assert len(story.tokens["a"]) == 5
+
+
+@given(num_prompt_tokens=st.integers(1, 40), max_tokens=st.integers(1, 12), block_size=st.sampled_from([1, 2, 3, 4, 16]))
+@settings(max_examples=60, deadline=None)
+def test_a_block_is_given_only_for_a_token_that_is_written_now(num_prompt_tokens: int, max_tokens: int, block_size: int) -> None:
+    """So the waste is less than one block per sequence, at every step."""
+    story = Story(block_size=block_size, num_blocks=60, max_batched_tokens=64)
+    story.submit("a", range(num_prompt_tokens), max_tokens=max_tokens)
+    for num_written in range(num_prompt_tokens, num_prompt_tokens + max_tokens):
+        story.plan()
+        assert story.group().pool.num_held == math.ceil(num_written / block_size)
+        story.answer()
+    assert isinstance(story.ends["a"], Finished)
+    assert story.group().pool.num_held == 0
 
 
 def test_a_stop_token_costs_one_wasted_row_and_no_wrong_token() -> None:
