@@ -300,6 +300,23 @@ def test_a_request_that_was_there_when_too_many_groups_died_is_given_to_no_furth
     assert (end.code, end.reason, end.retryable) == (StatusCode.INTERNAL, "GROUP_DIED", False)
 
 
+def test_a_request_that_no_group_can_hold_any_more_keeps_nobody_else_waiting() -> None:
+    story = Story(num_blocks=16)
+    story.submit("large", range(20), max_tokens=20)
+    story.step()
+    story.detach("g0")
+    story.num_blocks = 4  # the group comes back with less memory
+    story.attach("g0", term=2)
+    story.submit("small", [1, 2, 3])
+    story.run()
+    assert isinstance(story.ends.get("small"), Finished)
+    if "large" not in story.ends:  # it may wait for a group that can hold it
+        story.num_blocks = 16
+        story.attach("g1")
+        story.run()
+        assert isinstance(story.ends["large"], Finished)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
