@@ -344,6 +344,19 @@ def test_a_result_that_does_not_answer_its_plan_loses_the_group_and_no_token(cha
     assert isinstance(story.ends["a"], Finished)
 
 
+def test_a_beam_search_without_any_candidate_does_not_end_in_silence() -> None:
+    story = Story()
+    story.submit("beams", [1, 2, 3], num_beams=2, n=2)
+    story.plan()
+    result, _ = story.groups["g0"].rank.execute(story.plans.pop(0))
+    story.scheduler.apply("g0", msgspec.structs.replace(result, beam_candidates=((0, ()),)), story.now_s)
+    story.deliver()
+    if any(isinstance(message, GroupLost) for message in story.control):  # such a result may cost the group
+        story.attach("g0", term=2)
+        story.run()
+    assert "beams" in story.ends
+
+
 def test_a_row_without_finite_logits_fails_alone_and_its_blocks_are_found_by_nobody() -> None:
     story = Story()
     story.submit("bad", list(range(9)), max_tokens=3)
