@@ -1,5 +1,7 @@
 """Names of block contents."""
 
+import hashlib
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +25,24 @@ def test_hashing_a_prompt_equals_hashing_its_blocks_one_by_one(token_ids: list[i
 def test_a_block_is_named_for_everything_before_it(first: list[int], second: list[int]) -> None:
     same = hash_full_blocks(ROOT, [*first, 7], block_size=1)[-1] == hash_full_blocks(ROOT, [*second, 7], block_size=1)[-1]
     assert same == (first == second)
+
+
+@given(TOKEN_IDS, st.sampled_from([1, 3, 16]))
+def test_a_name_is_the_cut_sha256_of_the_parents_name_and_of_little_endian_tokens(token_ids: list[int], block_size: int) -> None:
+    """Spelled out once more: the gateway and the scheduler of two versions, on two machines, must mean the same by a name."""
+    parent, expected = ROOT, []
+    for start in range(0, len(token_ids) // block_size * block_size, block_size):
+        content = b"".join(token_id.to_bytes(4, "little") for token_id in token_ids[start : start + block_size])
+        parent = hashlib.sha256(parent + content).digest()[:16]
+        expected.append(parent)
+    assert hash_full_blocks(ROOT, tuple(token_ids), block_size=block_size) == expected
+
+
+@given(st.tuples(*[st.text(max_size=3)] * 4), st.tuples(*[st.text(max_size=3)] * 4))
+def test_roots_agree_only_if_all_four_parts_do(first: tuple[str, ...], second: tuple[str, ...]) -> None:
+    names = ("model", "adapter", "tenant_scope", "cache_salt")
+    roots = [cache_root(**dict(zip(names, parts, strict=True))) for parts in (first, second)]
+    assert (roots[0] == roots[1]) == (first == second)
 
 
 def test_every_part_of_the_root_tells_requests_apart() -> None:

@@ -6,7 +6,7 @@ Follows what transformers' `generate` does step by step (running beams, finished
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fake_ranks import beam_candidates, encode_tokens
+from fake_ranks import Candidates, beam_candidates, encode_tokens
 
 from quire.common.messages import BeamSearch, SamplingState
 
@@ -19,7 +19,9 @@ class Hypothesis:
     stopped: bool
 
 
-def reference_beam_search(prompt_ids: Sequence[int], sampling: SamplingState, beam: BeamSearch, *, max_tokens: int) -> list[Hypothesis]:
+def reference_beam_search(
+    prompt_ids: Sequence[int], sampling: SamplingState, beam: BeamSearch, *, max_tokens: int, candidates: Candidates = beam_candidates
+) -> list[Hypothesis]:
     """The finished beams, best first."""
     width = beam.num_beams
     keep = max(2, 1 + len(sampling.stop_ids)) * width
@@ -28,9 +30,7 @@ def reference_beam_search(prompt_ids: Sequence[int], sampling: SamplingState, be
     for step in range(max_tokens):
         pool = []
         for place, (total, tokens) in enumerate(running):
-            for order, (token_id, logprob) in enumerate(
-                beam_candidates(encode_tokens([*prompt_ids, *tokens]), sampling, keep, len(tokens))
-            ):
+            for order, (token_id, logprob) in enumerate(candidates(encode_tokens([*prompt_ids, *tokens]), sampling, keep, len(tokens))):
                 pool.append((-(total + logprob), place, order, [*tokens, token_id]))
         pool.sort(key=lambda entry: entry[:3])
         pool = pool[:keep]

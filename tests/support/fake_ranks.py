@@ -27,12 +27,18 @@ def encode_tokens(token_ids: Iterable[int]) -> bytearray:
     return bytearray(array("I", token_ids).tobytes())
 
 
+Draw = Callable[[bytes | bytearray, SamplingState, int], int]  # as draw()
+Candidates = Callable[[bytes | bytearray, SamplingState, int, int], tuple[tuple[int, float], ...]]  # as beam_candidates()
+
+
 def draw(encoded: bytes | bytearray, sampling: SamplingState, index: int) -> int:
     """What the pretended model says after these tokens, for one sequence of a request."""
     return zlib.crc32(encoded, sampling.seed * 31 + index) % VOCAB_SIZE
 
 
-def expected_completion(prompt_ids: Sequence[int], sampling: SamplingState, *, max_tokens: int, index: int = 0) -> list[int]:
+def expected_completion(
+    prompt_ids: Sequence[int], sampling: SamplingState, *, max_tokens: int, index: int = 0, draw: Draw = draw
+) -> list[int]:
     """The completion of a request, without any blocks: until a stop id or max_tokens."""
     encoded = encode_tokens(prompt_ids)
     completion: list[int] = []
@@ -131,6 +137,8 @@ class FakeRank:
         term: int = 1,
         waits_for: Callable[[int], bool] = lambda copy_id: False,
         fails: Callable[[int], bool] = lambda copy_id: False,
+        draw: Draw = draw,
+        candidates: Candidates = beam_candidates,
     ) -> None:
         self._block_bytes = block_size * TOKEN_BYTES
         self.gpu = [bytearray(POISON * self._block_bytes) for _ in range(num_blocks)]
@@ -143,6 +151,8 @@ class FakeRank:
         self._under_way: dict[int, tuple[bool, int, int]] = {}  # by copy id: (outwards, GPU block, CPU block)
         self._waits_for = waits_for
         self._fails = fails
+        self._draw = draw
+        self._candidates = candidates
         self._next_step_id = 0
 
     def execute(self, plan: StepPlan) -> tuple[StepResult, StepAck]:
@@ -231,10 +241,10 @@ class FakeRank:
             self._verify(row)
             if row.sampling.num_beam_candidates:
                 num_completion = row.num_tokens - row.num_prompt
-                beams.append((index, beam_candidates(row.encoded, row.sampling, row.sampling.num_beam_candidates, num_completion)))
+                beams.append((index, self._candidates(row.encoded, row.sampling, row.sampling.num_beam_candidates, num_completion)))
                 counts.append(0)
                 continue
-            token_id = draw(row.encoded, row.sampling, row.index)
+            token_id = self._draw(row.encoded, row.sampling, row.index)
             if row.sampling.num_logprobs is not None:
                 logprobs.append((index, Logprobs((logprob_of(row.encoded, token_id),), (1,), ((),), ((),))))
             row.encoded += encode_tokens((token_id,))

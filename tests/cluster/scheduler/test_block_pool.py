@@ -1,10 +1,17 @@
-"""The block ledger: golden stories, and random use against its own invariants."""
+"""The block ledger: small stories, and random use beside a slow twin."""
 
-import random
+from typing import Final
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from slow_block_pool import SlowBlockPool
 
 from quire.cluster.scheduler.block_pool import BlockPool, OutOfBlocks
+
+ALL_NAMES: Final = [b"a", b"b", b"c", b"d", b"e"]
+NAMES: Final = st.sampled_from(ALL_NAMES)
 
 
 def test_blocks_are_given_in_order_and_come_back() -> None:
@@ -65,28 +72,78 @@ def test_a_name_belongs_to_the_first_block_that_took_it() -> None:
     pool.check()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_use_keeps_every_invariant(seed: int) -> None:
-    rng = random.Random(seed)
-    pool = BlockPool(12, block_size=4)
-    tables: list[list[int]] = []
-    for step in range(400):
-        action = rng.randrange(4)
-        if action == 0 and pool.num_available:
-            tables.append(pool.allocate(rng.randint(1, pool.num_available)))
-        elif action == 1 and tables:
-            pool.free(tables.pop(rng.randrange(len(tables))))
-        elif action == 2 and tables:
-            shared = rng.choice(tables)
-            pool.fork(shared)
-            tables.append(list(shared))
-        elif action == 3 and tables:
-            pool.publish(rng.choice(rng.choice(tables)), b"%d" % rng.randrange(30))
-            found = pool.find([b"%d" % rng.randrange(30)])
-            if found:
-                pool.fork(found)
-                tables.append(found)
-        pool.check()
-        held = {block for table in tables for block in table}
-        assert pool.num_held == len(held), step
-        assert all(pool.ref_count(b) == sum(table.count(b) for table in tables) for b in range(12))
+class PoolBesideItsTwin(RuleBasedStateMachine):
+    """Any use of the pool by holders that keep its rules: it does what the slow, obvious one does, block by block."""
+
+    @initialize(num_blocks=st.integers(1, 8))
+    def begin(self, num_blocks: int) -> None:
+        self.pool = BlockPool(num_blocks, block_size=4)
+        self.twin = SlowBlockPool(num_blocks)
+        self.tables: list[list[int]] = []
+
+    @rule(num_blocks=st.integers(0, 9))
+    def allocate(self, num_blocks: int) -> None:
+        taken = self.twin.allocate(num_blocks)
+        if taken is None:
+            with pytest.raises(OutOfBlocks):
+                self.pool.allocate(num_blocks)
+        else:
+            assert self.pool.allocate(num_blocks) == taken
+            self.tables.append(taken)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        shared = data.draw(st.sampled_from(self.tables))
+        self.pool.fork(shared)
+        self.twin.fork(shared)
+        self.tables.append(list(shared))
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        self.pool.free(table)
+        self.twin.free(table)
+
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data(), name=NAMES)
+    def publish(self, data: st.DataObject, name: bytes) -> None:
+        block_id = data.draw(st.sampled_from(self.held_blocks()))
+        self.pool.publish(block_id, name)
+        self.twin.publish(block_id, name)
+
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data())
+    def unpublish(self, data: st.DataObject) -> None:
+        block_id = data.draw(st.sampled_from(self.held_blocks()))
+        self.pool.unpublish([block_id])
+        self.twin.unpublish([block_id])
+
+    @rule(names=st.lists(NAMES, max_size=4, unique=True))
+    def find_and_hold(self, names: list[bytes]) -> None:
+        found = self.pool.find(names)
+        assert found == self.twin.find(names)
+        assert self.pool.num_unheld(found) == sum(self.twin.blocks[block_id].num_holders == 0 for block_id in found)
+        self.pool.fork(found)
+        self.twin.fork(found)
+        self.tables.append(found)
+
+    @invariant()
+    def they_agree(self) -> None:
+        holders = [block.num_holders for block in self.twin.blocks]
+        assert holders == [sum(table.count(block_id) for table in self.tables) for block_id in range(self.pool.num_blocks)]
+        self.pool.check(holders)
+        num_free, num_cached = len(self.twin.free_blocks()), len(self.twin.cached_blocks())
+        assert (self.pool.num_free, self.pool.num_cached, self.pool.num_available) == (num_free, num_cached, num_free + num_cached)
+        assert self.pool.num_held == self.pool.num_blocks - num_free - num_cached
+        assert self.pool.num_shared == sum(count > 1 for count in holders)
+        assert list(self.pool.ref_counts()) == holders
+        assert {name for name in ALL_NAMES if self.pool.knows(name)} == {block.name for block in self.twin.blocks if block.name}
+
+    def held_blocks(self) -> list[int]:
+        return sorted({block_id for table in self.tables for block_id in table})
+
+
+def test_the_pool_does_what_its_slow_twin_does_block_by_block() -> None:
+    run_state_machine_as_test(PoolBesideItsTwin, settings=settings(max_examples=200, stateful_step_count=40, deadline=None))

@@ -21,7 +21,6 @@ from quire.common.messages import (
     SequenceStart,
     Status,
     StatusRequest,
-    StepAck,
     StepPlan,
     Submit,
     Tokens,

@@ -1,178 +1,34 @@
 """The whole scheduler with ranks in simulation: stories, then random ones from a seed."""
 
+import math
 import random
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import pytest
-from fake_ranks import FakeRank, expected_completion, hello
+from fake_ranks import expected_completion, hello
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from story import CONFIG, GATEWAY, NEUTRAL, Story, config
 
-from quire.cluster.scheduler.scheduler import Scheduler, SchedulerConfig
+from quire.cluster.scheduler.scheduler import MAX_GROUP_DEATHS, Scheduler
 from quire.cluster.scheduler.timers import MAX_STALE_TIMERS
 from quire.common.errors import StatusCode
-from quire.common.hashing import cache_root, hash_full_blocks
 from quire.common.messages import (
     PROTOCOL_VERSION,
-    Accepted,
     AttachGroup,
-    Cancel,
-    DrainGroup,
+    DetachGroup,
     EndReason,
     Failed,
-    Finish,
     Finished,
     GroupDrained,
     GroupLost,
     GroupReady,
-    Hello,
     Rejected,
     RowErrorCode,
     SamplingState,
-    SequenceStart,
     StepAck,
-    StepPlan,
-    Submit,
-    Tokens,
-    Welcome,
 )
-
-GATEWAY = b"gateway"
-CONFIG = SchedulerConfig("s", max_waiting_requests=8, max_waiting_tokens=100)
-NEUTRAL = SamplingState()
-ROOT = cache_root(model="m", adapter="", tenant_scope="local", cache_salt="")
-
-
-@dataclass
-class Story:
-    """A scheduler with one group of simulated ranks, and what a gateway saw of each request."""
-
-    block_size: int = 4
-    num_blocks: int = 16
-    max_rows: int = 8
-    max_batched_tokens: int = 16
-    config: SchedulerConfig = CONFIG
-    now_s: float = 0.0
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    ends: dict[str, Finished | Failed | Rejected] = field(default_factory=dict)
-    control: list[object] = field(default_factory=list)
-    plans: list[StepPlan] = field(default_factory=list)  # sent, not executed
-    history: list[StepPlan] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config)
-        self.ranks = FakeRank(block_size=self.block_size, num_blocks=self.num_blocks)
-        self._names: dict[int, str] = {}
-        self.welcomes: list[Welcome] = []
-        self.scheduler.attach(
-            AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, self.block_size, 1000, self.max_rows, self.max_batched_tokens), 0.0
-        )
-        self.scheduler.hello(GATEWAY, Hello(PROTOCOL_VERSION, "gateway"))
-        self.scheduler.rank_hello(hello(num_gpu_blocks=self.num_blocks, max_rows=self.max_rows), 0.0)
-        self.deliver()
-
-    def submit(
-        self,
-        name: str,
-        prompt_ids: list[int],
-        *,
-        max_tokens: int = 4,
-        attempt: int = 0,
-        time_left_s: float = 100.0,
-        sampling: SamplingState = NEUTRAL,
-        resumed_ids: tuple[int, ...] = (),
-    ) -> None:
-        self.scheduler.submit(
-            GATEWAY,
-            Submit(
-                request_id=name,
-                attempt=attempt,
-                tenant="local",
-                priority=2,
-                model="m",
-                adapter="",
-                prompt_ids=tuple(prompt_ids),
-                block_hashes=tuple(hash_full_blocks(ROOT, prompt_ids, block_size=self.block_size)),
-                cache_root=ROOT,
-                sequences=(SequenceStart(0, resumed_ids),),
-                n=1,
-                sampling=sampling,
-                max_tokens=max_tokens,
-                time_left_s=time_left_s,
-                age_s=0.0,
-            ),
-            self.now_s,
-        )
-        self.tokens[name] = list(resumed_ids)
-        self.deliver()
-
-    def send(self) -> int:
-        """Make plans as far as the scheduler goes; how many."""
-        count = 0
-        while (plan := self.scheduler.next_plan("g0", self.now_s)) is not None:
-            self.plans.append(plan)
-            self.history.append(plan)
-            count += 1
-            self.scheduler.check()
-        return count
-
-    def answer(self) -> None:
-        """The ranks do the oldest plan, and the scheduler hears of it."""
-        plan = self.plans.pop(0)
-        result, ack = self.ranks.execute(plan)
-        self.scheduler.apply("g0", result, self.now_s)
-        self.scheduler.ack("g0", ack, self.now_s)
-        self.deliver()
-
-    def step(self) -> None:
-        self.now_s += 0.01
-        self.scheduler.tick(self.now_s)
-        self.send()
-        if self.plans:
-            self.answer()
-        self.deliver()
-
-    def run(self, *, max_steps: int = 1000) -> None:
-        for _ in range(max_steps):
-            if not self.plans and not self.send():
-                return
-            self.step()
-        raise AssertionError(f"work is left after {max_steps} steps")
-
-    def deliver(self) -> None:
-        self.scheduler.check()
-        outbox = self.scheduler.take_outbox()
-        self.control += outbox.to_controller
-        for _, message in outbox.to_gateways:
-            match message:
-                case Welcome():
-                    self.welcomes.append(message)
-                case Accepted():
-                    self._names[message.handle] = message.request_id
-                case Rejected():
-                    self.ends[message.request_id] = message
-                case Tokens():
-                    columns = (message.handles, message.first_offsets, message.counts, message.token_ids)
-                    for handle, offset, count, token_id in zip(*columns, strict=True):
-                        name = self._names[handle]
-                        assert name not in self.ends, "a token came after the end"
-                        assert (offset, count) == (len(self.tokens[name]), 1)
-                        self.tokens[name].append(token_id)
-                case Finished() | Failed():
-                    name = self._names[message.handle]
-                    assert name not in self.ends, "a request ended twice"
-                    self.ends[name] = message
-
-
-def test_figure_6_of_the_paper_a_block_is_given_only_when_the_last_one_is_full() -> None:
-    """Seven prompt tokens in blocks of four take two blocks; the eighth token fills the second, the ninth takes a third."""
-    story = Story()
-    story.submit("four score", [1, 2, 3, 4, 5, 6, 7], max_tokens=4)
-    story.run()
-    added = story.history[0].add_rows[0]
-    assert added.block_ids == (0, 1)  # prompt: 4 + 3 slots, one left
-    assert [plan.grow_block_ids for plan in story.history] == [(), (), (2,), (), ()]
-    assert story.tokens["four score"] == expected_completion([1, 2, 3, 4, 5, 6, 7], SamplingState(), max_tokens=4)
 
 
 def test_one_plan_is_always_on_its_way_while_another_computes() -> None:
@@ -186,6 +42,20 @@ def test_one_plan_is_always_on_its_way_while_another_computes() -> None:
     assert num_sent == 1
     story.run()
     assert len(story.tokens["a"]) == 5
+
+
+@given(num_prompt_tokens=st.integers(1, 40), max_tokens=st.integers(1, 12), block_size=st.sampled_from([1, 2, 3, 4, 16]))
+@settings(max_examples=60, deadline=None)
+def test_a_block_is_given_only_for_a_token_that_is_written_now(num_prompt_tokens: int, max_tokens: int, block_size: int) -> None:
+    """So the waste is less than one block per sequence, at every step."""
+    story = Story(block_size=block_size, num_blocks=60, max_batched_tokens=64)
+    story.submit("a", range(num_prompt_tokens), max_tokens=max_tokens)
+    for num_written in range(num_prompt_tokens, num_prompt_tokens + max_tokens):
+        story.plan()
+        assert story.group().pool.num_held == math.ceil(num_written / block_size)
+        story.answer()
+    assert isinstance(story.ends["a"], Finished)
+    assert story.group().pool.num_held == 0
 
 
 def test_a_stop_token_costs_one_wasted_row_and_no_wrong_token() -> None:
@@ -243,17 +113,27 @@ def test_decoded_blocks_are_found_by_a_prompt_that_continues_them() -> None:
     assert end.usage.num_cached_tokens == 8
 
 
-def test_requests_wait_in_order_while_the_pool_cannot_hold_all_they_may_need() -> None:
+def test_a_request_that_fits_goes_before_one_that_does_not_and_all_finish() -> None:
     story = Story(num_blocks=4)
-    story.submit("big", [1, 2, 3, 4, 5], max_tokens=7)  # 12 tokens, 3 blocks
-    story.submit("second", [9, 9, 9, 9, 9], max_tokens=7)
-    story.submit("small", [3], max_tokens=2)  # would fit beside the first, but came last
+    story.submit("big", [1, 2, 3, 4, 5], max_tokens=7)  # begins with 2 blocks and ends with 3
+    story.submit("second", [9, 9, 9, 9, 9], max_tokens=7)  # 2 blocks, and one must stay free for the first
+    story.submit("small", [3], max_tokens=2)
     story.step()
-    assert len(story.scheduler.queue) == 2
+    assert [request.submit.request_id for request in story.scheduler.queue.all()] == ["second"]
     story.run()
-    assert list(story.ends) == ["big", "small", "second"]  # both that waited began together, once the first had ended
-    for name, prompt, count in (("big", [1, 2, 3, 4, 5], 7), ("second", [9] * 5, 7), ("small", [3], 2)):
-        assert story.tokens[name] == expected_completion(prompt, SamplingState(), max_tokens=count)
+    assert list(story.ends) == ["small", "big", "second"]
+    assert all(isinstance(end, Finished) for end in story.ends.values())
+
+
+def test_running_requests_grow_by_preempting_the_latest_and_none_is_lost() -> None:
+    story = Story(num_blocks=4, preemption="recompute")
+    story.submit("first", [1, 2, 3, 4], max_tokens=9)
+    story.submit("last", [5, 6, 7], max_tokens=9)
+    story.run()
+    first, last = story.ends["first"], story.ends["last"]
+    assert isinstance(first, Finished)
+    assert isinstance(last, Finished)
+    assert (first.num_preemptions, last.num_preemptions) == (0, 1)
 
 
 def test_a_request_larger_than_the_pool_is_refused_with_the_arithmetic() -> None:
@@ -283,11 +163,10 @@ def test_a_cancel_gives_every_block_back_in_every_state(num_steps: int) -> None:
     story.submit("b", [4, 5], max_tokens=10)
     for _ in range(num_steps):
         story.step()
-    story.scheduler.cancel(GATEWAY, Cancel("a", 0, None, "client"))
-    story.scheduler.cancel(GATEWAY, Cancel("a", 0, None, "client"))  # crossing messages are ignored
+    story.cancel("a")
+    story.cancel("a")  # crossing messages are ignored
     story.run()
-    group = story.scheduler.groups["g0"]
-    assert group.pool.num_held == 0
+    assert story.group().pool.num_held == 0
     assert story.tokens["b"] == expected_completion([4, 5], SamplingState(), max_tokens=10)
 
 
@@ -296,7 +175,7 @@ def test_a_finish_from_the_gateway_counts_the_tokens_that_it_kept() -> None:
     story.submit("a", [1], max_tokens=30)
     for _ in range(6):
         story.step()
-    story.scheduler.finish(GATEWAY, Finish("a", 0, 0, kept_tokens=3), story.now_s)
+    story.finish("a", kept_tokens=3)
     story.run()
     end = story.ends["a"]
     assert isinstance(end, Finished)
@@ -337,7 +216,7 @@ def test_a_lost_gateway_takes_its_requests_along() -> None:
     story.step()
     story.scheduler.gateway_lost(GATEWAY)
     story.scheduler.check()
-    assert story.scheduler.groups["g0"].pool.num_held == 0
+    assert story.group().pool.num_held == 0
 
 
 def test_a_gateway_that_was_given_up_learns_it_from_its_next_welcome() -> None:
@@ -354,20 +233,88 @@ def test_a_gateway_that_was_given_up_learns_it_from_its_next_welcome() -> None:
     assert story.tokens["c"] == expected_completion([1, 2, 3], NEUTRAL, max_tokens=4)
 
 
-def test_a_failed_rank_ends_the_group_and_its_requests_say_so() -> None:
+def test_a_failed_rank_ends_the_group_and_its_requests_go_on_under_the_next_term() -> None:
+    story = Story()
+    story.submit("a", [1, 2, 3], max_tokens=9, n=2)
+    story.submit("beams", [4, 5], max_tokens=5, num_beams=3, n=2)
+    for _ in range(3):
+        story.step()
+    num_received = len(story.tokens["a"])
+    assert 0 < num_received < 9
+    story.scheduler.ack("g0", StepAck(1, 1, 0, error="out of memory"), story.now_s)
+    story.deliver()
+    (lost,) = [message for message in story.control if isinstance(message, GroupLost)]
+    assert "out of memory" in lost.reason
+    assert story.ends == {}
+    assert len(story.scheduler.queue) == 2
+    story.attach("g0", term=2)
+    story.run()
+    end = story.ends["a"]
+    assert isinstance(end, Finished)
+    assert end.usage.num_completion_tokens == 18
+    assert isinstance(story.ends["beams"], Finished)
+
+
+def test_a_term_that_is_over_does_not_come_back() -> None:
+    story = Story()
+    story.attach("g0", term=3)
+    story.submit("a", [1, 2, 3])
+    story.scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 2, "m", 1, 4, 100, 8, 16), story.now_s)
+    story.scheduler.detach(DetachGroup("g0", 1, "late news"), story.now_s)
+    story.deliver()
+    assert story.group().term == 3
+    story.run()
+    assert isinstance(story.ends["a"], Finished)
+
+
+def test_requests_of_a_model_that_stays_unserved_fail_in_the_end_and_are_not_told_of_our_insides() -> None:
     story = Story()
     story.submit("a", [1, 2, 3], max_tokens=9)
     story.step()
     story.scheduler.ack("g0", StepAck(1, 1, 0, error="out of memory"), story.now_s)
     story.deliver()
-    (lost,) = [message for message in story.control if isinstance(message, GroupLost)]
-    assert "out of memory" in lost.reason
+    story.submit("b", [1])
+    refused = story.ends["b"]
+    assert isinstance(refused, Rejected)
+    assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "NO_READY_GROUP")
+    story.pass_time(CONFIG.unserved_timeout_s - 0.1)
+    assert "a" not in story.ends
+    story.pass_time(0.1)
     end = story.ends["a"]
     assert isinstance(end, Failed)
-    assert (end.code, end.retryable) == (StatusCode.UNAVAILABLE, True)
-    assert "out of memory" not in end.message, "clients are not told of our insides"
-    story.submit("b", [1])
-    assert isinstance(story.ends["b"], Rejected)
+    assert (end.code, end.reason, end.retryable) == (StatusCode.UNAVAILABLE, "NO_READY_GROUP", True)
+    assert "out of memory" not in end.message
+
+
+def test_a_request_that_was_there_when_too_many_groups_died_is_given_to_no_further_one() -> None:
+    story = Story(num_groups=2)
+    story.submit("poison", [1, 2, 3], max_tokens=40)
+    for death in range(MAX_GROUP_DEATHS):
+        story.step()
+        (group_id,) = [group_id for group_id in story.groups if story.group(group_id).running]
+        story.detach(group_id)
+        assert ("poison" in story.ends) == (death == MAX_GROUP_DEATHS - 1)
+        story.attach(group_id, term=death + 2)
+    end = story.ends["poison"]
+    assert isinstance(end, Failed)
+    assert (end.code, end.reason, end.retryable) == (StatusCode.INTERNAL, "GROUP_DIED", False)
+
+
+def test_a_request_that_no_group_can_hold_any_more_keeps_nobody_else_waiting() -> None:
+    story = Story(num_blocks=16)
+    story.submit("large", range(20), max_tokens=20)
+    story.step()
+    story.detach("g0")
+    story.num_blocks = 4  # the group comes back with less memory
+    story.attach("g0", term=2)
+    story.submit("small", [1, 2, 3])
+    story.run()
+    assert isinstance(story.ends.get("small"), Finished)
+    if "large" not in story.ends:  # it may wait for a group that can hold it
+        story.num_blocks = 16
+        story.attach("g1")
+        story.run()
+        assert isinstance(story.ends["large"], Finished)
 
 
 @pytest.mark.parametrize(
@@ -386,13 +333,28 @@ def test_a_result_that_does_not_answer_its_plan_loses_the_group_and_no_token(cha
     story = Story()
     story.submit("a", [1, 2, 3], max_tokens=9)
     story.send()
-    result, _ = story.ranks.execute(story.plans.pop(0))
+    result, _ = story.groups["g0"].rank.execute(story.plans.pop(0))
     story.scheduler.apply("g0", msgspec.structs.replace(result, **changes), story.now_s)
     story.deliver()
     (lost,) = [message for message in story.control if isinstance(message, GroupLost)]
     assert reason in lost.reason
-    assert isinstance(story.ends["a"], Failed)
     assert story.tokens["a"] == []
+    story.attach("g0", term=2)
+    story.run()
+    assert isinstance(story.ends["a"], Finished)
+
+
+def test_a_beam_search_without_any_candidate_does_not_end_in_silence() -> None:
+    story = Story()
+    story.submit("beams", [1, 2, 3], num_beams=2, n=2)
+    story.plan()
+    result, _ = story.groups["g0"].rank.execute(story.plans.pop(0))
+    story.scheduler.apply("g0", msgspec.structs.replace(result, beam_candidates=((0, ()),)), story.now_s)
+    story.deliver()
+    if any(isinstance(message, GroupLost) for message in story.control):  # such a result may cost the group
+        story.attach("g0", term=2)
+        story.run()
+    assert "beams" in story.ends
 
 
 def test_a_row_without_finite_logits_fails_alone_and_its_blocks_are_found_by_nobody() -> None:
@@ -400,7 +362,7 @@ def test_a_row_without_finite_logits_fails_alone_and_its_blocks_are_found_by_nob
     story.submit("bad", list(range(9)), max_tokens=3)
     story.submit("good", [7, 8], max_tokens=3)
     story.send()
-    result, _ = story.ranks.execute(story.plans.pop(0))
+    result, _ = story.groups["g0"].rank.execute(story.plans.pop(0))
     broken = msgspec.structs.replace(result, counts=(0, 1), token_ids=result.token_ids[1:], row_errors=((0, RowErrorCode.NOT_FINITE),))
     story.scheduler.apply("g0", broken, story.now_s)
     story.deliver()
@@ -420,20 +382,38 @@ def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
     story = Story()
     for index in range(3000):
         story.submit(f"r{index}", [1], max_tokens=1, time_left_s=600.0)
-        story.scheduler.cancel(GATEWAY, Cancel(f"r{index}", 0, None, "client"))
-        story.deliver()
+        story.cancel(f"r{index}")
     assert len(story.scheduler._deadlines) <= MAX_STALE_TIMERS + 2
 
 
-def test_a_step_that_never_ends_loses_the_group() -> None:
+@pytest.mark.parametrize(
+    ("device_s", "timeout_s"),
+    [
+        (0.0, CONFIG.first_step_timeout_s),  # how long such a step takes is not known
+        (0.1, CONFIG.min_step_timeout_s),
+        (1.0, 1.0 * CONFIG.step_timeout_factor),
+    ],
+)
+def test_a_step_that_never_ends_loses_the_group_after_a_multiple_of_what_such_a_step_takes(device_s: float, timeout_s: float) -> None:
     story = Story()
+    story.device_s = device_s
     story.submit("a", [1], max_tokens=9)
+    for _ in range(4):
+        story.step()
+    num_received = len(story.tokens["a"])
+    while story.plans:  # so that the next one is timed from when it is sent
+        story.answer()
     story.send()
-    story.now_s += story.config.step_timeout_s + 1
-    story.scheduler.tick(story.now_s)
-    story.deliver()
-    assert isinstance(story.ends["a"], Failed)
+    story.pass_time(timeout_s * 0.999)
+    assert "g0" in story.scheduler.groups
+    story.pass_time(timeout_s * 0.002)
     assert "g0" not in story.scheduler.groups
+    (lost,) = [message for message in story.control if isinstance(message, GroupLost)]
+    assert f"took longer than {timeout_s:g} s" in lost.reason
+    assert num_received <= len(story.tokens["a"]) < 9
+    story.attach("g0", term=2)
+    story.run()
+    assert isinstance(story.ends["a"], Finished)
 
 
 def test_an_idle_group_gets_a_heartbeat_and_a_working_one_none_too_many() -> None:
@@ -452,8 +432,7 @@ def test_a_draining_group_finishes_what_runs_and_then_says_so() -> None:
     story = Story()
     story.submit("a", [1, 2], max_tokens=6)
     story.step()
-    story.scheduler.drain(DrainGroup("g0", 1))
-    story.deliver()
+    story.drain()
     story.submit("b", [1])
     assert isinstance(story.ends["b"], Rejected)
     story.run()
@@ -498,37 +477,34 @@ def test_random_stories_lose_nothing(seed: int) -> None:
     story = Story(
         block_size=block_size,
         num_blocks=rng.randint(12, 40) * 4 // block_size // 2,
-        max_rows=rng.randint(1, 6),
+        num_cpu_blocks=rng.choice([0, 10, 40]),
+        max_rows=rng.randint(2, 6),
         max_batched_tokens=rng.randint(6, 24),
-        config=SchedulerConfig("s", max_waiting_requests=20, max_waiting_tokens=400),
+        num_groups=rng.choice([1, 2]),
+        config=config(max_waiting_requests=20, max_waiting_tokens=400),
     )
-    wanted: dict[str, list[int]] = {}
+    submitted: set[str] = set()
     cancelled: set[str] = set()
     base = [rng.randrange(50) for _ in range(12)]
     for index in range(150):
         if rng.random() < 0.3:
             name = f"r{index}"
             prompt = base[: rng.randint(0, 12)] + [rng.randrange(50) for _ in range(rng.randint(1, 5))]
-            max_tokens = rng.randint(1, 8)
             sampling = SamplingState(seed=rng.randrange(3), stop_ids=tuple(rng.sample(range(997), 120)), min_tokens=rng.randint(0, 2))
-            story.submit(name, prompt, max_tokens=max_tokens, sampling=sampling)
+            story.submit(name, prompt, max_tokens=rng.randint(1, 8), n=rng.choice([1, 1, 2]), sampling=sampling)
             if name not in story.ends:
-                wanted[name] = expected_completion(prompt, sampling, max_tokens=max_tokens)
-        if wanted and rng.random() < 0.05:
-            name = rng.choice(list(wanted))
+                submitted.add(name)
+        if submitted and rng.random() < 0.05:
+            name = rng.choice(sorted(submitted))
             if name not in story.ends:
                 cancelled.add(name)
-                story.scheduler.cancel(GATEWAY, Cancel(name, 0, None, "client"))
+                story.cancel(name)
         if rng.random() < 0.7:
             story.send()
-        if story.plans and rng.random() < 0.8:
-            story.answer()
-        story.deliver()
+        for group_id in list(story.groups):
+            if story.groups[group_id].plans and rng.random() < 0.8:
+                story.answer(group_id)
     story.run()
-    assert story.scheduler.groups["g0"].pool.num_held == 0
-    for name, completion in wanted.items():
-        if name in cancelled:
-            assert completion[: len(story.tokens[name])] == story.tokens[name]
-        else:
-            assert isinstance(story.ends[name], Finished), name
-            assert story.tokens[name] == completion, name
+    assert all(group.pool.num_held == group.cpu_pool.num_held == 0 for group in story.scheduler.groups.values())
+    for name in submitted - cancelled:
+        assert isinstance(story.ends[name], Finished), name
