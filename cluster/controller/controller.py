@@ -47,6 +47,9 @@ log = logging.getLogger("quire.controller")
 
 # A rank that hears nothing for this long exits by itself; the scheduler sends something every third of it.
 RANK_LEASE_S: Final = 15.0
+# A step may take this long at least before its group counts as hung. Nothing brings a group back yet, so we wait longer than
+# the scheduler's own default: a rank on a busy CPU stands still for seconds.
+MIN_STEP_TIMEOUT_S: Final = 10.0
 # How long the scheduler may take to answer a question for gauges.
 STATUS_TIMEOUT_S: Final = 5.0
 # How long Ray may take to place a group whose resources are there.

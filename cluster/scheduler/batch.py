@@ -163,7 +163,9 @@ class Batch:
         rows.sort()
         assert rows == list(range(self.num_rows)), "a row is lost or used twice"
         for row, sequence in self.decoding.items():
-            assert sequence.row == row and sequence.in_batch and not sequence.ended
+            assert sequence.row == row
+            assert sequence.in_batch
+            assert not sequence.ended
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 

@@ -68,13 +68,12 @@ class BeamSearchState:
         candidates.sort(key=lambda candidate: -candidate[0])  # stable: ties go to the lower beam, then to the likelier token
         self.reported = {}
         going_on: list[Continuation] = []
-        is_full = len(self.results) >= num_beams
         for place, (total, beam, token_id) in enumerate(candidates[: num_candidates(num_beams, len(stop_ids))]):
             stops = token_id in stop_ids and length > min_tokens
             if not stops and length < self.max_tokens:
                 if len(going_on) < num_beams:
                     going_on.append(Continuation(beam, token_id, total))
-            elif place < num_beams and not (is_full and self.params.early_stopping == FIRST):
+            elif place < num_beams:
                 reason, stop_id = (EndReason.STOP, token_id) if stops else (EndReason.LENGTH, None)
                 tokens = (*completions[beam], token_id)
                 self.results.append(BeamResult(total / length**self.params.length_penalty, tokens, total, reason, stop_id))

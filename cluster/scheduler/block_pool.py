@@ -145,10 +145,13 @@ class BlockPool:
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
         held = {block_id for block_id, count in enumerate(counts) if count}
-        assert free.isdisjoint(held) and cached.isdisjoint(free) and cached.isdisjoint(held), "a block is in two states"
+        assert free.isdisjoint(held), "a free block is held"
+        assert cached.isdisjoint(free), "a cached block is free"
+        assert cached.isdisjoint(held), "a cached block is held"
         assert len(free) + len(held) + len(cached) == self.num_blocks, "a block is in no state"
         assert not counts or min(counts) >= 0
         hashes = self._hash_of
         assert dict(zip(hashes.values(), hashes, strict=True)) == self._block_of
-        assert hashes.keys() >= cached and free.isdisjoint(hashes), "only held and cached blocks can be found, and all cached ones"
+        assert hashes.keys() >= cached, "a cached block cannot be found"
+        assert free.isdisjoint(hashes), "a free block can be found"
         assert holders is None or list(holders) == counts, "a block is held by nobody, or not by all that use it"

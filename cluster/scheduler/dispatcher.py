@@ -37,6 +37,8 @@ class Dispatcher:
         passed: list[Request] = []
         closed: set[str] = set()  # groups that keep their blocks for one of `passed`
         for request in self._queue.in_order(model):
+            if not any(group.can_ever_hold(request.submit) for group in groups):
+                continue  # it ran on a group that came back smaller, or not at all; nobody waits for it
             open_groups = [group for group in groups if group.group_id not in closed]
             group = None if request.awaits_result else self._choose(request, open_groups, now_s)
             if group is not None:
@@ -58,8 +60,8 @@ class Dispatcher:
         """The group that lets nobody in who comes after the request: always the same one, lest its blocks are given away
         while another gathers them."""
         if not any(group.group_id == request.kept_by for group in groups):
-            able = [group for group in groups if not group.draining and group.can_ever_hold(request.submit)] or groups
-            request.kept_by = max(able, key=lambda group: group.pool.num_available).group_id
+            able = [group for group in groups if group.can_ever_hold(request.submit)]
+            request.kept_by = max(able, key=lambda group: (not group.draining, group.pool.num_available)).group_id
         return request.kept_by
 
     def _choose(self, request: Request, groups: list[Group], now_s: float) -> Group | None:

@@ -181,7 +181,8 @@ class Group:
 
         The number of tokens that have to be computed.
         """
-        assert request.state is RequestState.WAITING and not request.awaits_result, request.handle
+        assert request.state is RequestState.WAITING, request.state
+        assert not request.awaits_result, request.handle
         ledger, batch = self.ledger, self.batch
         leader, *others = request.sequences
         found = ledger.find(leader)
@@ -303,7 +304,7 @@ class Group:
                 f"{len(result.token_ids)} token ids; the plan has {len(sampled)} samples"
             )
         failed = {index for index, _ in result.row_errors}
-        beams = {index for index, _ in result.beam_candidates}
+        beams = {index for index, candidates in result.beam_candidates if candidates}
         if not failed and not beams:
             if len(result.token_ids) == len(sampled) and (not self.batch.beam_rows or not any(s.request.beam for s in sampled)):
                 return ""
@@ -354,7 +355,7 @@ class Group:
                 self._look(sequence, token_id, applied)
         return applied
 
-    def acknowledged(self, ack: StepAck) -> list[Request]:
+    def acknowledged(self, ack: StepAck, now_s: float) -> list[Request]:
         """Take in the copies that a rank has ended, to which there is no objection; the requests whose swap failed, which must
         be queued again."""
         failed = []
@@ -366,6 +367,8 @@ class Group:
             if copy.transfer.failed:
                 if self.note:
                     self.note(request.handle, "a copy failed: it will be computed anew")
+                if not copy.is_out:
+                    request.preempted_at_s = now_s
                 self._let_go(request)
                 request.state = RequestState.WAITING
                 failed.append(request)
@@ -432,11 +435,13 @@ class Group:
         for request in running:
             assert request.state in (RequestState.RUNNING, RequestState.SWAPPING_IN)
         for request in swapped:
-            assert request.state is RequestState.SWAPPED and not request.spare_rows
+            assert request.state is RequestState.SWAPPED
+            assert not request.spare_rows
             assert all(s.row < 0 and not s.block_table for s in request.sequences), "a part of a sequence group was left behind"
         for request in running + swapped:
             for sequence in request.sequences:
-                assert not sequence.ended and sequence.request is request
+                assert not sequence.ended
+                assert sequence.request is request
                 assert sequence.num_planned <= len(sequence.token_ids) + sequence.num_in_flight, sequence.handle
         assert len(self.outstanding) <= MAX_PLANS_OUTSTANDING
 

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 import msgspec
 
@@ -37,6 +37,8 @@ MAX_JOURNAL_BYTES: Final = 4 * 2**30
 MAX_RECORD_BYTES: Final = 2**28
 
 log = logging.getLogger("quire.scheduler")
+
+_Record = TypeVar("_Record")
 
 
 class Header(msgspec.Struct, array_like=True, frozen=True):
@@ -131,8 +133,8 @@ class JournaledScheduler(Scheduler):
         frame = encode(record)
         try:
             self._file.write(struct.pack("<I", len(frame)) + frame)
-            if record == Header or isinstance(record, Input) and record.kind == "tick":
-                self._file.flush()
+            if isinstance(record, Header) or record.kind == "tick":
+                self._file.flush()  # at most a turn is lost when the process is killed
         except OSError as error:
             log.error("the journal ends here: %s", error)
             self._file = None
@@ -167,7 +169,7 @@ def read_journal(path: Path) -> Iterator[Header | Input]:
         raise ConfigError(f"{path} is no journal of a scheduler, or a broken one: {error}") from None
 
 
-def _read[T](file: BinaryIO, decode: Callable[[bytes], T]) -> T | None:
+def _read(file: BinaryIO, decode: Callable[[bytes], _Record]) -> _Record | None:
     """The next record; None at the end."""
     prefix = file.read(4)
     if len(prefix) < 4:

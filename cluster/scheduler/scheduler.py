@@ -329,9 +329,7 @@ class Scheduler:
             if objection:
                 self._lose(group, objection, now_s)
                 return
-            for request in group.acknowledged(ack):
-                request.num_preemptions += 1
-                request.preempted_at_s = now_s
+            for request in group.acknowledged(ack, now_s):
                 self._enqueue(request, now_s)
             self._dispatcher.is_due = True
 
@@ -359,9 +357,7 @@ class Scheduler:
     def next_wake_s(self, now_s: float) -> float:
         """How long nothing will happen by time alone, in seconds from now."""
         times = [since_s + self.config.unserved_timeout_s for since_s in self._unserved_since_s.values()]
-        for due_s in (self._deadlines.next_due_s(), self.queue.next_rise_s()):
-            if due_s is not None:
-                times.append(due_s)
+        times += [due_s for due_s in (self._deadlines.next_due_s(), self.queue.next_rise_s()) if due_s is not None]
         for group in self.groups.values():
             if group.outstanding:
                 due_s = group.due_s()
@@ -381,13 +377,17 @@ class Scheduler:
                 assert seen.keys().isdisjoint(held), "a request is in two places"
                 seen.update(held)
                 for request in held.values():
-                    assert request.group_id == group.group_id and request.sequences
+                    assert request.group_id == group.group_id
+                    assert request.sequences
         for request in self.queue.all():
             assert request.handle not in seen, "a request is in two places"
             seen[request.handle] = request
-            assert request.state is RequestState.WAITING and request.sequences
+            assert request.state is RequestState.WAITING
+            assert request.sequences
             for sequence in request.sequences:
-                assert sequence.row < 0 and not sequence.block_table and not sequence.cpu_table, "a waiting request holds something"
+                assert sequence.row < 0, "a waiting request has a row"
+                assert not sequence.block_table, "a waiting request holds GPU blocks"
+                assert not sequence.cpu_table, "a waiting request holds CPU blocks"
         assert seen == self._by_handle, "a request is lost"
         assert len(self._by_key) == len(self._by_handle)
         assert {request.gateway for request in seen.values()} <= self._gateways.keys()

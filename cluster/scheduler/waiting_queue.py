@@ -167,7 +167,9 @@ class WaitingQueue:
                         last = key
                         request = self._requests[key[2]]
                         submit = request.submit
-                        assert submit.model == model and request.level == level and self._key(request) == key
+                        assert submit.model == model
+                        assert request.level == level
+                        assert self._key(request) == key
                         assert request.is_preempted if not name else submit.tenant == name and not request.is_preempted
                         assert self._tenants[submit.tenant].num_active > 0
                         num_tokens += len(submit.prompt_ids)

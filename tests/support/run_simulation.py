@@ -49,12 +49,12 @@ def main() -> int:
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int, nargs="?")
     parser.add_argument("--turns", type=int, default=1000)
-    parser.add_argument("--mutation", type=int, help="number of a line of tests/cluster/scheduler/mutations.py to break")
+    parser.add_argument("--mutation", type=int, help="number of the one of scheduler_mutations.py to break the scheduler with")
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "cluster" / "scheduler")]
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
     if args.mutation is not None:
         from mutation import MutatedImport
-        from mutations import MUTATIONS
+        from scheduler_mutations import MUTATIONS
 
         sys.meta_path.insert(0, MutatedImport(MUTATIONS[args.mutation]))
     from scheduler_simulation import Simulation

@@ -275,7 +275,8 @@ class WatchedScheduler(Scheduler):
         self._waiting_since[victim.handle] = self.num_working_plans
 
     def _before_swap_in(self, group: Group, request: Request, now_s: float) -> None:
-        assert request.transfer is None and not request.awaits_result, "a request swaps in before it is all there"
+        assert request.transfer is None, "a request swaps in before its copies out have ended"
+        assert not request.awaits_result, "a request swaps in before its last token is there"
         self._available_before = group.pool.num_available
         self._was_running = len(group.running)
         before = [
@@ -315,7 +316,7 @@ def _wanted(group: Group, sequences: list[Any]) -> int:
     """Blocks that must be had before these sequences can write: new ones, and a copy for each but the last holder of a shared one."""
     size = group.config.block_size
     count = 0
-    holders = Counter({block: holding for block, holding in enumerate(group.pool.ref_counts())})
+    holders = Counter(dict(enumerate(group.pool.ref_counts())))
     for sequence in sequences:
         place = sequence.num_planned // size
         if place == len(sequence.block_table):

@@ -215,7 +215,8 @@ class Simulation:
         for _ in range(60):  # the last rows leave, the last copies end
             self._turn()
         for group in self.scheduler.groups.values():
-            assert group.pool.num_held == 0 and group.cpu_pool.num_held == 0, "blocks are left when nobody is there"
+            assert group.pool.num_held == 0, "blocks are left when nobody is there"
+            assert group.cpu_pool.num_held == 0, "CPU blocks are left when nobody is there"
             assert not len(group.copies)
 
     def _turn(self) -> None:
@@ -411,7 +412,8 @@ class Simulation:
                     position += len(ids)
                     index = message.sequences[entry]
                     received, expected = client.received[index], client.expected[index]
-                    assert index not in client.ended and index not in client.cancelled
+                    assert index not in client.ended
+                    assert index not in client.cancelled
                     assert message.first_offsets[entry] == len(received), f"{client.name}: a gap or a duplicate"
                     assert tuple(expected[len(received) : len(received) + len(ids)]) == ids, f"{client.name}: wrong tokens"
                     wants = client.submit.sampling.num_logprobs is not None

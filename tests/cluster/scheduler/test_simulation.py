@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 from mutation import Mutation
-
-sys.path.insert(0, str(Path(__file__).parent))
-from mutations import MUTATIONS
+from scheduler_mutations import MUTATIONS
 
 RUN = Path(__file__).parents[2] / "support" / "run_simulation.py"
 NUM_QUICK_SEEDS = 200

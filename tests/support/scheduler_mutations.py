@@ -336,7 +336,7 @@ MUTATIONS = (
         "beam_search",
         (("if len(self.results) < self.params.num_beams:\n            return True\n", "if True:\n            return True\n"),),
     ),
-    Mutation("beam search takes results only of the first candidates", "beam_search", (("elif place < num_beams and not", "elif not"),)),
+    Mutation("beam search takes results only of the first candidates", "beam_search", (("elif place < num_beams:", "else:"),)),
     # -- §7, failures
     Mutation(
         "a lost group's requests are queued again",
