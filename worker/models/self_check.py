@@ -94,7 +94,7 @@ def _ragged_logits(model: TransformersModel, sequences: Sequence[Tensor], *, dty
     kv_cache = KvCache(
         num_blocks=num_blocks,
         num_layers=folder.num_layers,
-        num_kv_heads=folder.num_kv_heads,
+        num_kv_heads=model.num_kv_heads,
         block_size=_BLOCK_SIZE,
         head_dim=folder.head_dim,
         dtype=DTYPES[dtype],
