@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         f"{plan.block_size} tokens, {plan.num_gpu_blocks * plan.block_bytes / 2**20:.0f} MiB of KV cache per rank)",
         flush=True,
     )
+    if plan.whole_on_each_rank:
+        print(f"note: each of the {plan.tensor_parallel_size} ranks holds {plan.whole_on_each_rank}")
     num_tokens = plan.num_gpu_blocks * plan.block_size
     if num_tokens < plan.max_model_len:
         print(f"warning: the KV cache holds {num_tokens} tokens, less than max_model_len {plan.max_model_len}: requests are capped at that")

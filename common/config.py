@@ -103,6 +103,13 @@ class ModelPlan:
         per_token = self.folder.kv_bytes_per_token(dtype=self.dtype, tensor_parallel_size=self.tensor_parallel_size)
         return self.block_size * per_token
 
+    @property
+    def whole_on_each_rank(self) -> str:
+        """What the ranks of a group do not share out, each holding and computing all of it; "" if nothing of weight."""
+        if self.tensor_parallel_size == 1 or self.folder.splits_kv_heads:
+            return ""
+        return f"all {self.folder.num_kv_heads} key and value heads: the plan of family {self.folder.model_type!r} does not split them"
+
 
 def resolve_config(
     flags: Mapping[str, Any], *, environ: Mapping[str, str] = os.environ, file: Mapping[str, Any] | None = None
@@ -140,6 +147,11 @@ def plan_model(config: ModelConfig) -> ModelPlan:
     max_model_len = config.max_model_len or folder.max_positions
     if max_model_len > folder.max_positions:
         raise ConfigError(f"max_model_len {max_model_len} is more than the {folder.max_positions} positions of the model; use at most that")
+    if folder.splits_kv_heads and folder.num_kv_heads % tensor_parallel_size and tensor_parallel_size % folder.num_kv_heads:
+        raise ConfigError(
+            f"{folder.num_kv_heads} key heads cannot be split over {tensor_parallel_size} ranks: one number must be a multiple of the "
+            "other; use another tensor_parallel_size"
+        )
     _refuse_later_features(config)
     device = "cpu" if config.device == "auto" else config.device
     dtype = ("float32" if device == "cpu" else folder.dtype) if config.dtype == "auto" else config.dtype
@@ -309,7 +321,6 @@ def _refuse_later_features(config: ModelConfig) -> None:
     later = {
         "device": config.device == "cuda",
         "model_backend": config.model_backend == "native",
-        "tensor_parallel_size": config.tensor_parallel_size > 1,
         "groups": config.groups > 1,
         "swap_memory": config.swap_memory > 0,
         "preemption": config.preemption != "auto",

@@ -27,7 +27,13 @@ _SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 # Families whose plan in transformers splits no keys: fused projections, norms over all heads, or no word on attention at all.
 # A test compares this with transformers' plans.
-WHOLE_KV_FAMILIES: Final = frozenset({"olmo2", "phi3"})
+WHOLE_KV_FAMILIES: Final = frozenset({
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note",
+    "dots3_note_text", "flex_olmo", "flint", "glm4_moe_lite", "glm_moe_dsa", "granitemoe", "granitemoehybrid", "granitemoeshared",
+    "hunyuan_v1_moe", "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2_moe", "longcat_flash", "minicpm3",
+    "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3", "phi4_multimodal", "phimoe",
+    "qwen4_exp", "qwen4_exp_text", "youtu",
+})  # fmt: skip
 _DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -59,7 +59,7 @@ def connect(*, rendezvous_path: Path, rank: int, size: int) -> Collective:
     A file and not an address, because torch's TCPStore listens on every interface. Shared memory where all ranks are
     processes of one x86 host, 8 to 40 times quicker than gloo there; else gloo, on the loopback interface if one host it is.
     """
-    store = dist.FileStore(str(rendezvous_path), size)
+    store = dist.FileStore(str(rendezvous_path), size)  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
     own = _Identity(os.getpid(), socket.gethostname(), platform.machine(), _memory_domain())
     store.set(f"rank/{rank}", json.dumps(asdict(own)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from quire.common.errors import Unavailable
 class GlooCollective:
     """A Collective over torch.distributed's default process group, of which a process has one."""
 
-    def __init__(self, store: dist.Store, *, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float) -> None:
         self.rank = rank
         self.size = size
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))

@@ -7,11 +7,10 @@ import select
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from quire.common.errors import Unavailable
@@ -25,6 +24,15 @@ _YIELDS_BEFORE_NAPS: Final = 1000
 _NAP_S: Final = 1e-4
 # How often it looks whether those it waits for still live.
 _LOOK_EVERY_S: Final = 0.1
+
+
+class Board(Protocol):
+    """Where the ranks leave each other notes before they share memory: one of torch's stores."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        """Waits, up to the store's own timeout, until someone has set it."""
 
 
 class SharedMemoryCollective:
@@ -55,7 +63,7 @@ class SharedMemoryCollective:
         self._lives = {other: os.pidfd_open(pid) for other, pid in enumerate(pids) if other != rank}
 
     @classmethod
-    def connect(cls, store: dist.Store, *, rank: int, pids: Sequence[int], timeout_s: float, slot_bytes: int = SLOT_BYTES) -> Self:
+    def connect(cls, store: Board, *, rank: int, pids: Sequence[int], timeout_s: float, slot_bytes: int = SLOT_BYTES) -> Self:
         """Share memory that rank 0 makes. It has no name in any folder, so nothing is left of it, however the ranks end."""
         num_bytes = len(pids) * (_LINE_BYTES + 2 * slot_bytes)
         if rank == 0:

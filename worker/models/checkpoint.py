@@ -65,10 +65,11 @@ class Checkpoint:
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
         except Exception as error:  # safetensors' own error, or the system's
             raise ConfigError(f"{path} cannot be read: {error}; get the folder again", reason="WEIGHTS_INCOMPLETE") from error
-        for name in file.keys():  # noqa: SIM118 - the file is no mapping
+        names: list[str] = file.keys()
+        for name in names:
             self.tensors[name] = CheckpointTensor(file, name, self)
 
 

@@ -188,18 +188,18 @@ def _load_module(
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     cls: Any = type(whole)
-    split = None
+    split: Split | None = None
     if size > 1:
         if getattr(whole.config, "quantization_config", None) is not None:
             raise ConfigError(
                 f"the weights of {folder.path.name} are quantized, and parts of such are not read; use tensor_parallel_size 1",
                 reason="FAMILY_NOT_SPLIT",
             )
-        sizes = {"family": folder.model_type, "num_kv_heads": folder.num_kv_heads}
-        split = split_model(whole, rank=rank, size=size, **sizes)
+        family, num_kv_heads = folder.model_type, folder.num_kv_heads
+        split = split_model(whole, family=family, num_kv_heads=num_kv_heads, rank=rank, size=size)
         shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
-        checkpoint.cut(whole, split.parts, shapes, family=folder.model_type)
-        cls = _cut_class(cls, lambda module: cut(module, split, num_heads=folder.num_heads, **sizes))
+        checkpoint.cut(whole, split.parts, shapes, family=family)
+        cls = _cut_class(cls, lambda module: cut(module, split, family=family, num_heads=folder.num_heads, num_kv_heads=num_kv_heads))
     module, report = cls.from_pretrained(
         None,
         config=whole.config,
