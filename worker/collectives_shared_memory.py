@@ -1,6 +1,7 @@
 """The ranks' exchange through memory that processes of one host share."""
 
 import contextlib
+import math
 import mmap
 import os
 import select
@@ -93,7 +94,7 @@ class SharedMemoryCollective:
 
     def gather_columns(self, part: Tensor, widths: Sequence[int]) -> Tensor:
         flat = part.contiguous().view(-1)
-        num_rows = part[..., 0].numel()
+        num_rows = math.prod(part.shape[:-1])
         gathered = [part.new_empty(num_rows * width) for width in widths]
         per_round = self._slots.shape[2] // part.element_size()
         for start in range(0, num_rows * max(widths), per_round):
