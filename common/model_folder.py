@@ -23,7 +23,7 @@ _SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "num_kv_heads": ("num_key_value_heads", "multi_query_group_num", "num_kv_heads"),
     "head_dim": ("head_dim",),
     "vocab_size": ("vocab_size",),
-    "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
+    "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"),
 }
 # Families whose plan in transformers splits no keys: fused projections, norms over all heads, or no word on attention at all.
 # A test compares this with transformers' plans.
@@ -146,7 +146,11 @@ def _size(config: Mapping[str, Any], name: str, path: Path, *, default: int | No
             return int(size)
     if default is None:
         what = " or ".join(_SPELLINGS[name])
-        raise ConfigError(f"{path}/config.json does not say {what}; is this a decoder-only language model?")
+        raise ConfigError(
+            f"model family {config.get('model_type', 'unknown')!r} cannot be served: {path}/config.json does not say {what}; this version "
+            "runs decoders that attend to a stated number of positions",
+            reason="FAMILY_NOT_SUPPORTED",
+        )
     return default
 
 

@@ -120,7 +120,7 @@ def test_gloo_gives_the_same_between_processes(tmp_path: Path) -> None:
 
 
 def test_ranks_of_different_machines_take_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+    taken: list[dict[str, float]] = []
     monkeypatch.setattr(collectives, "_memory_domain", lambda: f"kernel {len(taken)}")
     monkeypatch.setattr(collectives, "GlooCollective", lambda store, **sizes: taken.append(sizes))
     store = {"rank/1": json.dumps({"pid": 1, "host": "elsewhere", "machine": "x86_64", "memory_domain": "another kernel"})}
@@ -134,7 +134,7 @@ def test_ranks_of_different_machines_take_gloo(tmp_path: Path, monkeypatch: pyte
         def get(self, key: str) -> str:
             return store[key]
 
-    monkeypatch.setattr(collectives.dist, "FileStore", lambda *_: Store())
+    monkeypatch.setattr(torch.distributed, "FileStore", lambda *_: Store())
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     connect(rendezvous_path=tmp_path / "meet", rank=0, size=2)
     assert taken == [{"rank": 0, "size": 2, "timeout_s": collectives.WAIT_TIMEOUT_S}]
