@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serve a model over gRPC. Every setting below is also an environment variable (QUIRE_MAX_MODEL_LEN for --max-model-len) "
         "and a key of the config file; flags go before the environment, the environment before the file."
     )
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="folder of the model; the built-in demo model when not given")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="folder of the model, or its id on the hub (organisation/name, perhaps with @revision); the built-in model when not given",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings; those of the model under `models:`, a list of one")
     parser.add_argument("--print-config", action="store_true", help="print the settings as resolved, as YAML, and exit")
     parser.add_argument("--ready-file", metavar="FILE", help="write the address here, as JSON, once the cluster serves")

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from quire.common.errors import ConfigError, NotSupported
 from quire.common.model_folder import BUILT_IN_MODEL_NAME, ModelFolder, read_model_folder
+from quire.common.model_hub import fetch_model, hub_name, is_hub_id
 
 ENV_PREFIX: Final = "QUIRE_"
 # Variables of ours that are no settings. Others are not ours and not our business: Kubernetes makes QUIRE_PORT of a service.
@@ -41,8 +42,8 @@ def _setting(default: Any, help_text: str, *, choices: Sequence[str] | None = No
 class ModelConfig:
     """One entry of `models:`. None means: decided from the model and the device, and logged."""
 
-    model: str | None = _setting(None, "folder of the model; the built-in demo model when not given")
-    name: str | None = _setting(None, "name that requests use; the folder's name when not given")
+    model: str | None = _setting(None, "folder of the model, or its id on the hub; the built-in demo model when not given")
+    name: str | None = _setting(None, "name that requests use; the folder's name or the id when not given")
     device: str = _setting("auto", "where the ranks compute", choices=("auto", "cpu", "cuda"))
     dtype: str = _setting(
         "auto",
@@ -132,7 +133,7 @@ def resolve_config(
 
 
 def plan_model(config: ModelConfig) -> ModelPlan:
-    """Decide everything that `config` leaves open, from the model's folder.
+    """Decide everything that `config` leaves open, from the model's folder. A model that is named by its id is fetched first.
 
     Raises:
         ConfigError: the settings and the model do not fit; the message holds both numbers.
@@ -165,7 +166,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         )
     block_bytes = config.block_size * folder.kv_bytes_per_token(dtype=dtype, tensor_parallel_size=tensor_parallel_size)
     return ModelPlan(
-        name=config.name or (folder.path.name if config.model else BUILT_IN_MODEL_NAME),
+        name=config.name or _default_name(config.model, folder),
         folder=folder,
         device=device,
         dtype=dtype,
@@ -334,9 +335,17 @@ def _refuse_later_features(config: ModelConfig) -> None:
 
 
 def _model_path(model: str | None) -> Path:
+    if model is not None and is_hub_id(model):
+        return fetch_model(model)
     if model is not None:
         return Path(model).expanduser().absolute()
     return Path(str(importlib.resources.files("quire.demo_model") / "config.json")).parent
+
+
+def _default_name(model: str | None, folder: ModelFolder) -> str:
+    if model is None:
+        return BUILT_IN_MODEL_NAME
+    return hub_name(model) if is_hub_id(model) else folder.path.name
 
 
 def _num_threads(num_ranks: int) -> int:
