@@ -20,6 +20,7 @@ from quire.kernels.store_kv import store_kv
 from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.checkpoint import Checkpoint
+from quire.worker.models.packed_linear import pack_linears
 from quire.worker.models.tensor_parallel import Split, cut, install_exchanges, split_model
 from quire.worker.step_inputs import StepInputs
 
@@ -129,10 +130,11 @@ def load_transformers_model(folder: ModelFolder, *, dtype: str, device: str, col
     Raises:
         ConfigError: transformers does not know the family, it cannot be split, or the files do not hold exactly its weights.
     """
-    if collective is None:
-        return load_part(folder, dtype=dtype, device=device, rank=0, size=1)
-    model = load_part(folder, dtype=dtype, device=device, rank=collective.rank, size=collective.size)
-    model.join(collective)
+    rank, size = (0, 1) if collective is None else (collective.rank, collective.size)
+    model = load_part(folder, dtype=dtype, device=device, rank=rank, size=size)
+    pack_linears(model.module)
+    if collective is not None:
+        model.join(collective)
     return model
 
 
