@@ -2,7 +2,7 @@
 
 import argparse
 
-from quire.bench import serve_load
+from quire.bench import cpu, serve_load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,6 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve = benchmarks.add_parser("serve", help="load on a running server", description="Closed-loop load on a running server.")
     serve_load.add_arguments(serve)
     serve.set_defaults(run_benchmark=serve_load.run)
+    on_cpu = benchmarks.add_parser(
+        "cpu", help="the worker beside transformers, on this processor", description="The worker beside transformers, in turns."
+    )
+    cpu.add_arguments(on_cpu)
+    on_cpu.set_defaults(run_benchmark=cpu.run)
 
 
 def run(args: argparse.Namespace) -> int:

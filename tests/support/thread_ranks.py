@@ -11,7 +11,7 @@ import torch.distributed as dist
 from quire.common.model_folder import ModelFolder
 from quire.worker.collectives import Collective
 from quire.worker.collectives_shared_memory import SharedMemoryCollective
-from quire.worker.models.transformers_model import TransformersModel, load_part
+from quire.worker.models.transformers_model import TransformersModel, load_transformers_model
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0
@@ -44,11 +44,7 @@ def run_ranks(size: int, work: Callable[[Collective], T], *, slot_bytes: int = 2
 
 def load_parts(folder: ModelFolder, ranks: ThreadRanks, *, dtype: str = "float32") -> Sequence[TransformersModel]:
     """Every rank's share, joined. One after the other: transformers changes process-wide state while it loads."""
-    parts = []
-    for collective in ranks.collectives:
-        parts.append(load_part(folder, dtype=dtype, device="cpu", rank=collective.rank, size=collective.size))
-        parts[-1].join(collective)
-    return parts
+    return [load_transformers_model(folder, dtype=dtype, device="cpu", collective=collective) for collective in ranks.collectives]
 
 
 def _in_threads(size: int, work: Callable[[int], T]) -> list[T]:

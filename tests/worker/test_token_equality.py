@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from quire.common.model_folder import read_model_folder
 from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
-from quire.worker.models.transformers_model import TransformersModel, load_part
+from quire.worker.models.transformers_model import TransformersModel, load_transformers_model
 from quire.worker.runner import Runner
 
 MODELS = ("llama", "qwen3", "mixtral", "gemma2", "gpt2", "opt", "gpt_oss", "demo")
@@ -51,7 +51,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> LoadModel:
         prompts = [[chance.randrange(3, folder.vocab_size) for _ in range(length)] for length in PROMPT_LENGTHS]
         ranks = {size: ThreadRanks(size) for size in (2, 4)}
         parts = {size: load_parts(folder, ranks[size]) for size in ranks}
-        parts[1] = [load_part(folder, dtype="float32", device="cpu", rank=0, size=1)]
+        parts[1] = [load_transformers_model(folder, dtype="float32", device="cpu")]
         return Model(ranks, parts, prompts, _generate(path, prompts))
 
     return load_named
