@@ -1,7 +1,7 @@
 """`quire bench cpu`: the worker beside transformers' own ways of generating, on this machine's processor.
 
 All run in this process, in turns: the machine's speed may change from one minute to the next, so only what ran side by side
-is compared. A round is one turn of each; medians over rounds count.
+is compared. A round is one turn of each; the median of the rounds' ratios counts.
 """
 
 import argparse
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quire.bench.cpu_contestants import Contestant
     from quire.bench.cpu_workload import Requests
 
-# What quire's tokens per second must be of the others', the median of rounds.
+# What quire's tokens per second must be of the others'.
 TARGETS: Final = {"transformers continuous batching": 1.3, "static batches of 32": 1.5, "generate one by one": 0.9}
 # Requests that run one by one: a few say as much as all.
 NUM_ALONE: Final = 4
@@ -48,7 +48,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Quire's median by another's, and what it must be at least."""
+    """Quire's speed by another's, the median of the rounds' ratios, and what it must be at least."""
 
     name: str
     dtype: str
@@ -88,12 +88,13 @@ def measure(
 
 def ratios(lines: Sequence[Line]) -> list[Ratio]:
     """Of each line but quire's to quire's of the same dtype and kind."""
-    quire = {(line.dtype, line.is_alone): line.median for line in lines if line.name == "quire"}
-    return [
-        Ratio(line.name, line.dtype, quire[line.dtype, line.is_alone] / line.median, TARGETS[line.name])
-        for line in lines
-        if line.name != "quire"
-    ]
+    quire = {(line.dtype, line.is_alone): line.tokens_per_s for line in lines if line.name == "quire"}
+    compared = []
+    for line in lines:
+        if line.name != "quire":
+            pairs = zip(quire[line.dtype, line.is_alone], line.tokens_per_s, strict=True)
+            compared.append(Ratio(line.name, line.dtype, statistics.median(ours / theirs for ours, theirs in pairs), TARGETS[line.name]))
+    return compared
 
 
 def report_as_text(lines: Sequence[Line]) -> str:

@@ -188,7 +188,7 @@ def _load_module(
     """The module, transformers' report on its weights, and how it was split."""
     config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config)
+        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     cls: Any = type(whole)
     split: Split | None = None
     if size > 1:
