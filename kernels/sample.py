@@ -1,4 +1,4 @@
-"""Choosing the next token of each row: temperature, top-k, top-p, min-p, then Gumbel-max with noise that scheduling cannot change."""
+"""Choosing each row's next token: temperature, top-k, top-p, min-p, typical-p, then Gumbel-max with noise that scheduling cannot change."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +20,7 @@ class SamplingInputs:
     top_k: Tensor  # int64; 0 keeps all
     top_p: Tensor  # float64, so that 1 - top_p rounds to float32 once; 1 keeps all
     min_p: Tensor  # float32; 0 keeps all
+    typical_p: Tensor  # float32; 1 keeps all
     seed: Tensor  # int64, the bits of the unsigned seed
     sequence_index: Tensor  # int64
     position: Tensor  # int64; the place in the sequence that the drawn token takes
@@ -45,6 +46,7 @@ def sample(logits: Tensor, inputs: SamplingInputs, *, purpose: int) -> Tensor:
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / picked.temperature[:, None]
     scores = filter_top_k_top_p(scores, top_k=picked.top_k, top_p=picked.top_p)
     scores = filter_min_p(scores, min_p=picked.min_p)
+    scores = filter_typical_p(scores, typical_p=picked.typical_p)
     token_ids[random_rows] = (scores + gumbel_noise(logits.shape[-1], picked, purpose=purpose)).argmax(dim=-1)
     return token_ids
 
@@ -91,6 +93,28 @@ def filter_min_p(scores: Tensor, *, min_p: Tensor) -> Tensor:
     probabilities = scores.softmax(dim=-1)
     least = min_p[:, None] * probabilities.amax(dim=-1, keepdim=True)
     return scores.masked_fill(probabilities < least, float("-inf"))
+
+
+def filter_typical_p(scores: Tensor, *, typical_p: Tensor) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the expected one, until they make up typical_p of the probability.
+
+    scores: [num_rows, vocab_size] float32; typical_p: [num_rows] float32, 1 keeps all
+    """
+    rows = (typical_p < 1).nonzero()[:, 0]
+    if rows.numel() == 0:
+        return scores
+    picked = scores[rows]
+    surprise = -picked.log_softmax(dim=-1)
+    probabilities = picked.softmax(dim=-1)
+    # A forbidden token's part is 0 * inf. A running sum adds in the same order whatever the batch, which sum() does not promise.
+    parts = torch.where(probabilities > 0, surprise * probabilities, 0.0)
+    distance = (surprise - parts.cumsum(dim=-1)[:, -1:]).abs()
+    ascending, order = distance.sort(dim=-1, stable=True)
+    mass = picked.gather(1, order).softmax(dim=-1).cumsum(dim=-1)
+    last = (mass < typical_p[rows, None]).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    filtered = scores.clone()
+    filtered[rows] = picked.masked_fill(distance > ascending.gather(1, last), float("-inf"))
+    return filtered
 
 
 def gumbel_noise(vocab_size: int, inputs: SamplingInputs, *, purpose: int) -> Tensor:

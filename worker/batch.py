@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from quire.common.errors import InternalError
-from quire.common.messages import RowAdd, SamplingState
-from quire.worker.sampling_rows import SamplingRows, refuse_unsupported
+from quire.common.messages import Logprobs, RowAdd, SamplingState
+from quire.worker.sampling_rows import SamplingRows
 
 
 @dataclass(slots=True)
 class Row:
-    """What the plans alone say about a row: everything but its tokens' ids."""
+    """What the host knows about a row: all that follows from the plans, so everything but its tokens' ids."""
 
     # Invariant: num_computed <= length; the slots of [0, num_computed) lie in block_ids.
     length: int  # tokens of prompt and completion, sampled ones included
@@ -23,16 +23,19 @@ class Row:
     num_computed: int
     block_ids: list[int]
     sampling: SamplingState
-    is_sticky: bool = False  # sampled once: decodes one token in every step
+    is_sticky: bool = False  # a token was drawn into it: it decodes one token in every step
     is_held: bool = False
+    # Log probability of the next prompt token to compute, if the prompt's are asked for: the step before has its logits.
+    next_logprob: Logprobs | None = None
 
 
 class Batch:
     """Rows of fixed number and width. The host never waits for the device here: sizes follow from the plans.
 
-    tokens:       [max_rows, max_tokens_per_row] int64
-    lengths:      [max_rows] int64
-    block_tables: [max_rows, max_blocks_per_row] int64
+    tokens:         [max_rows, max_tokens_per_row] int64
+    lengths:        [max_rows] int64; tokens of prompt and completion
+    prompt_lengths: [max_rows] int64
+    block_tables:   [max_rows, max_blocks_per_row] int64
 
     Every method raises InternalError when the plan contradicts what the rank holds; the rank must then not go on.
     """
@@ -49,40 +52,75 @@ class Batch:
         self._vocab_size = vocab_size
         self.tokens = torch.zeros((max_rows, max_tokens_per_row), dtype=torch.int64, device=device)
         self.lengths = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.prompt_lengths = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.block_tables = torch.zeros((max_rows, self._max_blocks_per_row), dtype=torch.int64, device=device)
-        self.sampling = SamplingRows(max_rows=max_rows, device=device)
+        self.sampling = SamplingRows(max_rows=max_rows, vocab_size=vocab_size, device=device)
 
     # -- what plans change ------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Forget all rows."""
         self.rows.clear()
+        self.sampling.clear()
 
     def remove(self, rows: Sequence[int]) -> None:
         for row in rows:
             self._row(row)
             del self.rows[row]
+            self.sampling.remove(row)
 
     def add(self, adds: Sequence[RowAdd]) -> None:
+        """Put sequences into free rows.
+
+        Raises:
+            NotSupported: a row's sampling state asks for what this rank cannot do.
+        """
+        if not adds:
+            return
         for added in adds:
-            _check(added.row not in self.rows and 0 <= added.row < self._max_rows, f"row {added.row} is in use or outside the batch")
-            _check(added.adapter_id == 0, f"row {added.row} wants adapter {added.adapter_id}; this rank has none")
-            _check(
-                len(added.token_ids) <= self._max_tokens_per_row
-                and 0 <= min(added.token_ids, default=0) <= max(added.token_ids, default=0) < self._vocab_size,
-                f"row {added.row} has {len(added.token_ids)} tokens; ids are below {self._vocab_size}, {self._max_tokens_per_row} fit",
-            )
-            self._check_blocks(added.row, added.block_ids, num_held=0)
-            _check(
-                added.num_computed <= min(len(added.token_ids), len(added.block_ids) * self.block_size),
-                f"row {added.row} has {added.num_computed} computed tokens of {len(added.token_ids)} in {len(added.block_ids)} blocks",
-            )
-            refuse_unsupported(added.sampling)
+            self._check_add(added)
             self.rows[added.row] = Row(len(added.token_ids), added.prompt_len, added.num_computed, list(added.block_ids), added.sampling)
             self.tokens[added.row, : len(added.token_ids)] = self._tensor(added.token_ids)
-            self.lengths[added.row] = len(added.token_ids)
             self.block_tables[added.row, : len(added.block_ids)] = self._tensor(added.block_ids)
-            self.sampling.set(added.row, added.sampling)
+        rows = self._tensor([added.row for added in adds])
+        self.lengths[rows] = self._tensor([len(added.token_ids) for added in adds])
+        self.prompt_lengths[rows] = self._tensor([added.prompt_len for added in adds])
+        self.sampling.set(
+            [added.row for added in adds], [added.sampling for added in adds], prompt_lens=[added.prompt_len for added in adds]
+        )
+
+    def fork(self, forks: Sequence[tuple[int, int, int]]) -> None:
+        """Copy source rows into free target rows; a target draws as the sequence of its own index."""
+        if not forks:
+            return
+        origins: dict[int, int] = {}  # of each target: a fork may itself be forked, but all are copied at once
+        for source, target, sequence_index in forks:
+            origin = self._row(source)
+            self._check_free(target)
+            sampling = msgspec.structs.replace(origin.sampling, sequence_index=sequence_index)
+            self.rows[target] = replace(origin, block_ids=list(origin.block_ids), sampling=sampling, is_held=False)
+            origins[target] = origins.get(source, source)
+        sources, targets = self._tensor(list(origins.values())), self._tensor(list(origins))
+        num_tokens = max(self.rows[row].length for row in origins)
+        num_blocks = max(len(self.rows[row].block_ids) for row in origins)
+        self.tokens[targets, :num_tokens] = self.tokens[sources, :num_tokens]
+        self.block_tables[targets, :num_blocks] = self.block_tables[sources, :num_blocks]
+        self.lengths[targets] = self.lengths[sources]
+        self.prompt_lengths[targets] = self.prompt_lengths[sources]
+        self.sampling.fork(list(origins.values()), list(origins), [sequence_index for _, _, sequence_index in forks])
+
+    def append(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Append to each row, in order, a token that the scheduler chose."""
+        if not rows:
+            return
+        positions = []
+        for row, token_id in zip(rows, token_ids, strict=True):
+            state = self._row(row)
+            _check(0 <= token_id < self._vocab_size, f"row {row} gets token {token_id}; ids are below {self._vocab_size}")
+            positions.append(self._lengthen(row, state))
+        indices = self._tensor(rows)
+        self.tokens[indices, self._tensor(positions)] = self._tensor(token_ids)
+        self.lengths[indices] = self._tensor([self.rows[row].length for row in rows])
 
     def grow(self, rows: Sequence[int], block_ids: Sequence[int]) -> None:
         """Append a block to a row's table, for each pair in order."""
@@ -96,31 +134,22 @@ class Batch:
             table.append(block_id)
         self.block_tables[self._tensor(rows), self._tensor(indices)] = self._tensor(block_ids)
 
-    def fork(self, forks: Sequence[tuple[int, int, int]]) -> None:
-        """Copy source rows into free target rows; a target draws as the sequence of its own index."""
-        for source, target, sequence_index in forks:
-            origin = self._row(source)
-            _check(target not in self.rows and 0 <= target < self._max_rows, f"row {target} is in use or outside the batch")
-            sampling = msgspec.structs.replace(origin.sampling, sequence_index=sequence_index)
-            self.rows[target] = replace(origin, block_ids=list(origin.block_ids), sampling=sampling, is_held=False)
-            self.tokens[target] = self.tokens[source]
-            self.lengths[target] = self.lengths[source]
-            self.block_tables[target] = self.block_tables[source]
-            self.sampling.set(target, sampling)
-
     def hold(self, hold_rows: Sequence[int]) -> None:
         """Hold each row >= 0, release each row whose complement is given."""
         for row in hold_rows:
             self._row(row if row >= 0 else ~row).is_held = row >= 0
 
-    def replace_block(self, row: int, source: int, target: int) -> None:
-        """Put a copy in the place of a shared block of a row's table."""
-        table = self._row(row).block_ids
-        _check(source in table, f"row {row} does not hold block {source}, which is to be copied to {target}")
-        index = table.index(source)
-        self._check_blocks(row, (target,), num_held=index)
-        table[index] = target
-        self.block_tables[row, index] = target
+    def replace_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Put copies in the place of shared blocks of rows' tables: (row, shared block, its copy)."""
+        indices = []
+        for row, source, target in copies:
+            table = self._row(row).block_ids
+            _check(source in table, f"row {row} does not hold block {source}, which is to be copied to {target}")
+            indices.append(table.index(source))
+            self._check_blocks(row, (target,), num_held=indices[-1])
+            table[indices[-1]] = target
+        rows, _, targets = self._tensor(copies).unbind(1)
+        self.block_tables[rows, self._tensor(indices)] = targets
 
     # -- what steps ask and change ----------------------------------------------------------------------------------
 
@@ -137,15 +166,14 @@ class Batch:
             f"and slots for {len(state.block_ids) * self.block_size}",
         )
 
-    def append(self, rows: Sequence[int], token_ids: Tensor) -> None:
-        """Append a sampled token to each row, which from now on is sticky.
+    def append_drawn(self, rows: Sequence[int], token_ids: Tensor) -> None:
+        """Append a drawn token to each row, which from now on is sticky.
 
-        token_ids: [len(rows)] int64
+        rows: distinct; token_ids: [len(rows)] int64
         """
         for row in rows:
             state = self.rows[row]
-            _check(state.length < self._max_tokens_per_row, f"row {row} would pass {self._max_tokens_per_row} tokens")
-            state.length += 1
+            self._lengthen(row, state)
             state.is_sticky = True
         indices = self._tensor(rows)
         self.tokens[indices, self.lengths[indices]] = token_ids
@@ -165,9 +193,12 @@ class Batch:
 
     def check(self) -> None:
         """Assert every invariant, the device's copy included."""
+        self.sampling.check(self.rows)
         for row, state in self.rows.items():
             assert state.num_computed <= min(state.length, len(state.block_ids) * self.block_size), (row, state)
+            assert 0 < state.prompt_len <= state.length <= self._max_tokens_per_row, (row, state)
             assert int(self.lengths[row]) == state.length, (row, state)
+            assert int(self.prompt_lengths[row]) == state.prompt_len, (row, state)
             assert self.block_tables[row, : len(state.block_ids)].tolist() == state.block_ids, (row, state)
 
     # -- helpers ----------------------------------------------------------------------------------------------------
@@ -176,6 +207,31 @@ class Batch:
         _check(row in self.rows, f"row {row} is not in the batch")
         return self.rows[row]
 
+    def _lengthen(self, row: int, state: Row) -> int:
+        """Make room for one token; its position."""
+        _check(state.length < self._max_tokens_per_row, f"row {row} would pass {self._max_tokens_per_row} tokens")
+        state.length += 1
+        return state.length - 1
+
+    def _check_add(self, added: RowAdd) -> None:
+        num_tokens = len(added.token_ids)
+        self._check_free(added.row)
+        _check(added.adapter_id == 0, f"row {added.row} wants adapter {added.adapter_id}; this rank has none")
+        _check(
+            num_tokens <= self._max_tokens_per_row
+            and 0 <= min(added.token_ids, default=0) <= max(added.token_ids, default=0) < self._vocab_size,
+            f"row {added.row} has {num_tokens} tokens; ids are below {self._vocab_size}, {self._max_tokens_per_row} fit",
+        )
+        _check(0 < added.prompt_len <= num_tokens, f"row {added.row} has {num_tokens} tokens, {added.prompt_len} of them are its prompt")
+        self._check_blocks(added.row, added.block_ids, num_held=0)
+        _check(
+            0 <= added.num_computed <= min(num_tokens, len(added.block_ids) * self.block_size),
+            f"row {added.row} has {added.num_computed} computed tokens of {num_tokens} in {len(added.block_ids)} blocks",
+        )
+
+    def _check_free(self, row: int) -> None:
+        _check(row not in self.rows and 0 <= row < self._max_rows, f"row {row} is in use or outside the batch")
+
     def _check_blocks(self, row: int, block_ids: Sequence[int], *, num_held: int) -> None:
         _check(
             all(0 <= block_id < self._num_blocks for block_id in block_ids) and num_held + len(block_ids) <= self._max_blocks_per_row,
@@ -183,7 +239,7 @@ class Batch:
             f"at most {self._max_blocks_per_row} fit",
         )
 
-    def _tensor(self, values: Sequence[int]) -> Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 

@@ -101,10 +101,10 @@ class RankLoop:
     def _check_order(self, plan: StepPlan) -> None:
         """Steps of a term are dense. A higher term starts anew: its scheduler knows nothing of the rows held here."""
         if plan.term > self._term:
-            _log.info("term %d replaces term %d; the batch is forgotten", plan.term, self._term)
+            _log.info("term %d replaces term %d; rows and copies are forgotten", plan.term, self._term)
             self._term = plan.term
             self._next_step_id = 0
-            self._runner.batch.clear()
+            self._runner.clear()
         if plan.step_id != self._next_step_id:
             raise InternalError(f"step {plan.step_id} came where step {self._next_step_id} was due; a plan was lost or sent twice")
         self._next_step_id += 1

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from quire.common.errors import InternalError, NotSupported
@@ -11,15 +12,18 @@ from quire.common.messages import Chunk, StepAck, StepPlan, StepResult
 from quire.kernels.copy_blocks import copy_blocks
 from quire.worker.batch import Batch
 from quire.worker.kv_cache import KvCache
+from quire.worker.logprobs import prompt_logprobs, prompt_spans
 from quire.worker.models.transformers_model import TransformersModel
-from quire.worker.step_inputs import build_step_inputs
+from quire.worker.sampler import sample_rows
+from quire.worker.step_inputs import StepInputs, build_step_inputs
+from quire.worker.swap_pool import SwapPool
 
 # Parts of a plan that no code here honours yet.
-_UNSUPPORTED = ("swap_out", "swap_in", "wait_copies", "draft_rows", "draft_ids", "grammars", "append_rows", "append_ids")
+_UNSUPPORTED = ("draft_rows", "draft_ids", "grammars", "forget_grammars")
 
 
 class Runner:
-    """A rank's model, its cache and its batch."""
+    """A rank's model, its cache, its swap pool and its batch."""
 
     def __init__(
         self,
@@ -30,9 +34,11 @@ class Runner:
         max_rows: int,
         max_model_len: int,
         device: str,
+        num_cpu_blocks: int = 0,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
+        self.swap_pool = SwapPool(kv_cache, num_blocks=num_cpu_blocks)
         self.batch = Batch(
             max_rows=max_rows,
             max_tokens_per_row=max_model_len,
@@ -57,17 +63,34 @@ class Runner:
         batch.remove(plan.remove_rows)
         batch.add(plan.add_rows)
         batch.fork(plan.forks)
+        batch.append(plan.append_rows, plan.append_ids)
         batch.grow(plan.grow_rows, plan.grow_block_ids)
         batch.hold(plan.hold_rows)
         decoding = batch.decoding_rows()
         self._copy_on_write(plan.cow)
+        self.swap_pool.start_in(plan.swap_in)
+        self.swap_pool.wait(plan.wait_copies)
         result = StepResult(term=plan.term, step_id=plan.step_id)
         if plan.chunks or decoding:
             result = self._compute(plan, decoding, started_s)
         elif plan.samples:
             raise InternalError("the plan samples rows but computes none")
-        ack = StepAck(term=plan.term, step_id=plan.step_id, rank=self._rank, checksum=batch.checksum() if plan.debug_checksum else 0)
+        self.swap_pool.start_out(plan.swap_out)
+        copies_done, copies_failed = self.swap_pool.take_ended()
+        ack = StepAck(
+            term=plan.term,
+            step_id=plan.step_id,
+            rank=self._rank,
+            copies_done=copies_done,
+            checksum=batch.checksum() if plan.debug_checksum else 0,
+            copies_failed=copies_failed,
+        )
         return result, ack
+
+    def clear(self) -> None:
+        """Forget every row and every copy, for a scheduler that knows of none."""
+        self.batch.clear()
+        self.swap_pool.clear()
 
     def _compute(self, plan: StepPlan, decoding: list[int], started_s: float) -> StepResult:
         batch = self.batch
@@ -82,39 +105,42 @@ class Runner:
         self._check_samples(plan, sampled, computed={chunk.row for chunk in plan.chunks}.union(decoding))
 
         inputs = build_step_inputs(batch, plan.chunks, decoding)
+        spans = prompt_spans(batch, plan.chunks, inputs)
         forward_s = time.perf_counter()
-        last_tokens = _last_tokens(plan.chunks, decoding)
-        distinct = list(dict.fromkeys(sources))
+        last_places = _last_places(inputs, plan.chunks, decoding)
+        logits_rows = {source: index for index, source in enumerate(dict.fromkeys(sources))}
+        wanted = [last_places[source] for source in logits_rows] + [place for span in spans for place in span.places]
         # A step of chunks that end no prompt needs no logits; one row of them keeps every model's head happy.
-        wanted = [last_tokens[source] for source in distinct] or [0]
-        logits = self.model.forward(inputs, self.kv_cache, logits_index=torch.tensor(wanted, device=batch.device))
-        if not sampled:
-            return StepResult(plan.term, plan.step_id, device_s=time.perf_counter() - forward_s, host_s=forward_s - started_s)
-        if distinct != sources:
-            logits = logits[torch.tensor([distinct.index(source) for source in sources], device=batch.device)]
-        token_ids, errors = self._sample(logits, sampled)
-        batch.append(sampled, token_ids)
-        failed = {index for index, _ in errors}
-        done_s = time.perf_counter()
-        return StepResult(
-            term=plan.term,
-            step_id=plan.step_id,
-            counts=tuple(0 if index in failed else 1 for index in range(len(sampled))),
-            token_ids=tuple(token_id for index, token_id in enumerate(token_ids.tolist()) if index not in failed),
-            row_errors=tuple(errors),
-            device_s=done_s - forward_s,
-            host_s=forward_s - started_s,
-        )
+        logits = self.model.forward(inputs, self.kv_cache, logits_index=torch.tensor(wanted or [0], device=batch.device))
+        logits, prompt_logits = logits[: len(logits_rows)], logits[len(logits_rows) : len(wanted)]
+        result = StepResult(plan.term, plan.step_id, prompt_logprobs=prompt_logprobs(batch, spans, prompt_logits))
+        if sampled:
+            if len(logits_rows) < len(sources):
+                logits = logits[torch.tensor([logits_rows[source] for source in sources], device=batch.device)]
+            result = self._sample(result, logits, sampled)
+        return replace(result, device_s=time.perf_counter() - forward_s, host_s=forward_s - started_s)
 
-    def _sample(self, logits: Tensor, sampled: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """A token for each sampled row, 0 for one that failed: its length must go on as the scheduler expects."""
-        rows = torch.tensor(sampled, device=self.batch.device)
-        forbidden = []
-        for index, row in enumerate(sampled):
-            state = self.batch.rows[row]
-            if state.length - state.prompt_len < state.sampling.min_tokens and state.sampling.stop_ids:
-                forbidden.append((index, state.sampling.stop_ids))
-        return self.batch.sampling.sample(logits, rows, positions=self.batch.lengths[rows], forbidden=forbidden)
+    def _sample(self, result: StepResult, logits: Tensor, sampled: Sequence[int]) -> StepResult:
+        """Draw for the sampled rows, and put down what came of it: with the rows for the next step, in the result for the scheduler."""
+        drawn = sample_rows(self.batch, logits, sampled)
+        if len(drawn.drawing) == len(sampled):
+            self.batch.append_drawn(sampled, drawn.token_ids)
+        else:
+            self.batch.append_drawn([sampled[index] for index in drawn.drawing], drawn.token_ids[list(drawn.drawing)])
+        token_ids = drawn.token_ids.tolist()
+        # A failed draw was appended as well: the row's length must go on as the scheduler expects. But it is not told as a token.
+        told = [index for index in drawn.drawing if index not in drawn.errors]
+        counts = [0] * len(sampled)
+        for index in told:
+            counts[index] = 1
+        return replace(
+            result,
+            counts=tuple(counts),
+            token_ids=tuple(token_ids[index] for index in told),
+            logprobs=drawn.logprobs,
+            beam_candidates=drawn.beam_candidates,
+            row_errors=tuple(sorted((index, int(code)) for index, code in drawn.errors.items())),
+        )
 
     def _check_samples(self, plan: StepPlan, sampled: Sequence[int], *, computed: set[int]) -> None:
         """Every source's logits exist, every sampled row stands where its source stands, none is sampled twice."""
@@ -136,22 +162,17 @@ class Runner:
         """Copy shared blocks in one go, each copy for the row that is about to write into it."""
         if not copies:
             return
-        for row, source, target in copies:
-            self.batch.replace_block(row, source, target)
+        if len({target for _, _, target in copies}) != len(copies):
+            raise InternalError(f"the plan copies two blocks into one: {copies}")
+        self.batch.replace_blocks(copies)
         _, sources, targets = torch.tensor(copies, device=self.batch.device).unbind(1)
         copy_blocks(self.kv_cache.blocks, sources, targets)
 
 
-def _last_tokens(chunks: Sequence[Chunk], decoding: Sequence[int]) -> dict[int, int]:
-    """Where in the flattened step each computed row's last token lies."""
-    places: dict[int, int] = {}
-    num_tokens = 0
-    for chunk in chunks:
-        num_tokens += chunk.count
-        places[chunk.row] = num_tokens - 1
-    for index, row in enumerate(decoding):
-        places[row] = num_tokens + index
-    return places
+def _last_places(inputs: StepInputs, chunks: Sequence[Chunk], decoding: Sequence[int]) -> dict[int, int]:
+    """Where in the step each computed row's last token lies."""
+    places = {chunk.row: place + chunk.count - 1 for chunk, place in zip(chunks, inputs.chunk_places, strict=True)}
+    return {**places, **dict(zip(decoding, inputs.decode_places, strict=True))}
 
 
 def _refuse_unsupported(plan: StepPlan) -> None:

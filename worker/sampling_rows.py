@@ -1,83 +1,132 @@
-"""The sampling state of every row, on the device, and the step from logits to tokens."""
+"""The sampling state of every row, on the device, with the host's knowledge of which rows ask for what is rare."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from quire.common.errors import NotSupported
-from quire.common.messages import DrawPurpose, RowErrorCode, SamplingState
-from quire.kernels.sample import SamplingInputs, broken_rows, sample
+from quire.common.errors import InternalError, NotSupported
+from quire.common.messages import SamplingState
+from quire.kernels.sample import SamplingInputs
+from quire.worker.logit_rules import LogitRules
 
-# Fields that no code here honours yet, and the value that asks for nothing.
-_UNSUPPORTED = {
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "bias": (),
-    "allowed_ids": None,
-    "bad_ids": (),
-    "num_logprobs": None,
-    "num_prompt_logprobs": None,
-    "num_beam_candidates": 0,
-    "grammar_id": None,
-    "typical_p": 1.0,
-    "bad_sequences": (),
+# Columns of numbers, an entry per row. top_p is float64 for the reason that SamplingInputs gives.
+_COLUMNS: Final = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float64,
+    "min_p": torch.float32,
+    "typical_p": torch.float32,
+    "seed": torch.int64,
+    "sequence_index": torch.int64,
+    "repetition_penalty": torch.float32,
+    "frequency_penalty": torch.float32,
+    "presence_penalty": torch.float32,
 }
 
 
-def refuse_unsupported(state: SamplingState) -> None:
-    """Raises NotSupported, by field name, for a state that asks for what this rank cannot do."""
-    for name, neutral in _UNSUPPORTED.items():
-        if getattr(state, name) != neutral:
-            raise NotSupported(f"SamplingState.{name} = {getattr(state, name)!r} is not supported by this rank yet")
-
-
 class SamplingRows:
-    """Columns of SamplingState, an entry per row of the batch; entries of free rows mean nothing."""
+    """SamplingState of the rows of a batch; the numbers of free rows mean nothing."""
 
-    def __init__(self, *, max_rows: int, device: str) -> None:
-        self._temperature = torch.zeros(max_rows, dtype=torch.float32, device=device)
-        self._top_k = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._top_p = torch.ones(max_rows, dtype=torch.float64, device=device)
-        self._min_p = torch.zeros(max_rows, dtype=torch.float32, device=device)
-        self._seed = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._sequence_index = torch.zeros(max_rows, dtype=torch.int64, device=device)
+    # Invariant: a row is in `penalised`, `num_logprobs`, `num_beam_candidates` and `rules` only while the batch holds it.
 
-    def set(self, row: int, state: SamplingState) -> None:
-        self._temperature[row] = state.temperature
-        self._top_k[row] = state.top_k
-        self._top_p[row] = state.top_p
-        self._min_p[row] = state.min_p
-        self._seed[row] = state.seed - 2**64 if state.seed >= 2**63 else state.seed
-        self._sequence_index[row] = state.sequence_index
+    def __init__(self, *, max_rows: int, vocab_size: int, device: str) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._columns = {name: torch.zeros(max_rows, dtype=dtype, device=device) for name, dtype in _COLUMNS.items()}
+        self.rules = LogitRules(vocab_size=vocab_size, device=device)
+        self.penalised: set[int] = set()  # rows with any penalty
+        self.num_logprobs: dict[int, int] = {}  # of most likely tokens beside the drawn one, for rows that draw and ask
+        self.num_beam_candidates: dict[int, int] = {}  # for beams, which draw nothing
 
-    def sample(
-        self, logits: Tensor, rows: Tensor, *, positions: Tensor, forbidden: Sequence[tuple[int, Sequence[int]]]
-    ) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Draw one token per sample.
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.rules.clear()
+        self.penalised.clear()
+        self.num_logprobs.clear()
+        self.num_beam_candidates.clear()
 
-        logits:    [num_samples, vocab_size] float32; written to where tokens are forbidden
-        rows:      [num_samples] int64, whose state each sample uses
-        positions: [num_samples] int64, the place in the sequence that each drawn token takes
-        forbidden: (sample, token ids that it must not draw)
-        result:    [num_samples] int64, 0 where the draw failed; and (sample, RowErrorCode) of those
+    def remove(self, row: int) -> None:
+        self.rules.remove(row)
+        self.penalised.discard(row)
+        self.num_logprobs.pop(row, None)
+        self.num_beam_candidates.pop(row, None)
+
+    def set(self, rows: Sequence[int], states: Sequence[SamplingState], *, prompt_lens: Sequence[int]) -> None:
+        """Give each free row its state; prompt_lens are tokens of its prompt.
+
+        Raises:
+            NotSupported: a state asks for what this rank cannot do, by field name.
+            InternalError: a state names ids that the vocabulary does not have.
         """
-        errors = dict.fromkeys(broken_rows(logits).nonzero()[:, 0].tolist(), RowErrorCode.NOT_FINITE)
-        for index, token_ids in forbidden:
-            logits[index, list(token_ids)] = float("-inf")
-            if index not in errors and bool(broken_rows(logits[index : index + 1])):
-                errors[index] = RowErrorCode.NO_ALLOWED_TOKEN
-        inputs = SamplingInputs(
-            temperature=self._temperature[rows],
-            top_k=self._top_k[rows],
-            top_p=self._top_p[rows],
-            min_p=self._min_p[rows],
-            seed=self._seed[rows],
-            sequence_index=self._sequence_index[rows],
-            position=positions,
-        )
-        token_ids_drawn = sample(logits, inputs, purpose=DrawPurpose.TARGET)
-        if errors:
-            token_ids_drawn[list(errors)] = 0
-        return token_ids_drawn, sorted((index, int(code)) for index, code in errors.items())
+        for row, state, prompt_len in zip(rows, states, prompt_lens, strict=True):
+            _refuse_unsupported(state)
+            self._check_ids(row, state)
+            self.rules.set(row, state, prompt_len=prompt_len)
+            if (state.repetition_penalty, state.frequency_penalty, state.presence_penalty) != (1, 0, 0):
+                self.penalised.add(row)
+            if state.num_beam_candidates > 0:
+                self.num_beam_candidates[row] = state.num_beam_candidates
+            elif state.num_logprobs is not None:
+                self.num_logprobs[row] = state.num_logprobs
+        indices = torch.tensor(rows, device=self._device)
+        for name, column in self._columns.items():
+            values = [_signed(state.seed) if name == "seed" else getattr(state, name) for state in states]
+            column[indices] = torch.tensor(values, dtype=column.dtype, device=self._device)
+
+    def fork(self, sources: Sequence[int], targets: Sequence[int], sequence_indices: Sequence[int]) -> None:
+        """Give free target rows the state of their sources, and a sequence_index of their own. No source is also a target."""
+        for source, target in zip(sources, targets, strict=True):
+            self.rules.fork(source, target)
+            if source in self.penalised:
+                self.penalised.add(target)
+            for counts in (self.num_logprobs, self.num_beam_candidates):
+                if source in counts:
+                    counts[target] = counts[source]
+        origins, copies = torch.tensor((sources, targets), device=self._device)
+        for column in self._columns.values():
+            column[copies] = column[origins]
+        self._columns["sequence_index"][copies] = torch.tensor(sequence_indices, device=self._device)
+
+    def inputs(self, rows: Tensor, *, positions: Tensor) -> SamplingInputs:
+        """How to draw for these rows.
+
+        rows, positions: [n] int64; a position is the place in the sequence that the drawn token takes
+        """
+        names = [name for name in SamplingInputs.__slots__ if name != "position"]
+        return SamplingInputs(**{name: self._columns[name][rows] for name in names}, position=positions)
+
+    def penalties(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The repetition, frequency and presence penalties of these rows: [n] float32 each."""
+        repetition, frequency, presence = (self._columns[f"{name}_penalty"][rows] for name in ("repetition", "frequency", "presence"))
+        return repetition, frequency, presence
+
+    def check(self, rows: Container[int]) -> None:
+        """Assert that nothing is remembered of rows other than these."""
+        for remembered in (self.penalised, self.num_logprobs, self.num_beam_candidates, self.rules):
+            assert all(row in rows for row in remembered), (remembered, rows)
+
+    def _check_ids(self, row: int, state: SamplingState) -> None:
+        lists = {
+            "stop_ids": state.stop_ids,
+            "bias": [token_id for token_id, _ in state.bias],
+            "allowed_ids": state.allowed_ids or (),
+            "bad_ids": state.bad_ids,
+            "bad_sequences": [token_id for sequence in state.bad_sequences for token_id in sequence],
+        }
+        for name, ids in lists.items():
+            if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                raise InternalError(f"{name} of row {row} names ids from {min(ids)} to {max(ids)}; ids are below {self._vocab_size}")
+        if not all(state.bad_sequences):
+            raise InternalError(f"bad_sequences of row {row} has an empty sequence")
+
+
+def _refuse_unsupported(state: SamplingState) -> None:
+    if state.grammar_id is not None:
+        raise NotSupported(f"SamplingState.grammar_id = {state.grammar_id!r} is not supported by this rank yet")
+
+
+def _signed(seed: int) -> int:
+    """The int64 of an unsigned seed's bits."""
+    return seed - 2**64 if seed >= 2**63 else seed

@@ -13,34 +13,52 @@ from quire.worker.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """One forward pass: the chunks' tokens in plan order, then a token per decoding row."""
+    """One forward pass: the tokens of longer chunks in plan order, then of chunks of one token, then one per decoding row.
+
+    A chunk of one token is attended as a decode is: the rows of a beam search share one call then, and a sequence that is
+    resumed with its last token alone computes what it would have decoded.
+    """
 
     token_ids: Tensor  # [num_tokens] int64
     positions: Tensor  # [num_tokens] int64
     slot_mapping: Tensor  # [num_tokens] int64
     ragged: RaggedBatch
+    chunk_places: Sequence[int]  # of each chunk of the plan: where its tokens begin in this pass
+    decode_places: range  # of each decoding row: where its token is
 
 
 def build_step_inputs(batch: Batch, chunks: Sequence[Chunk], decoding: Sequence[int]) -> StepInputs:
     """Inputs for tokens that `batch.check_slots` has passed; ids, positions and slots are looked up on the device."""
-    num_chunk_tokens = sum(chunk.count for chunk in chunks)
     device = batch.device
-    rows = torch.tensor([chunk.row for chunk in chunks] + list(decoding), device=device)
+    order = sorted(range(len(chunks)), key=lambda index: chunks[index].count == 1)  # keeps the plan's order otherwise
+    places = [0] * len(chunks)
+    num_chunk_tokens = 0
+    for index in order:
+        places[index] = num_chunk_tokens
+        num_chunk_tokens += chunks[index].count
+    longer = [chunk for chunk in chunks if chunk.count > 1]
+    lone = [chunk for chunk in chunks if chunk.count == 1]
+
+    rows = torch.tensor([chunk.row for chunk in (*longer, *lone)] + list(decoding), device=device)
     positions = batch.lengths[rows[len(chunks) :]] - 1
     if chunks:
-        counts = torch.tensor([chunk.count for chunk in chunks] + [1] * len(decoding), device=device)
+        counts = torch.tensor([chunk.count for chunk in (*longer, *lone)] + [1] * len(decoding), device=device)
         rows = rows.repeat_interleave(counts, output_size=num_chunk_tokens + len(decoding))
-        spans = [torch.arange(chunk.start, chunk.start + chunk.count, device=device) for chunk in chunks]
-        positions = torch.cat([*spans, positions])
+        spans = [torch.arange(chunk.start, chunk.start + chunk.count, device=device) for chunk in longer]
+        positions = torch.cat([*spans, torch.tensor([chunk.start for chunk in lone], dtype=torch.int64, device=device), positions])
     block_size = batch.block_size
+    # What attends alone: (row, tokens that it sees), whose tokens lie at the end of the pass.
+    alone = [(chunk.row, chunk.start + 1) for chunk in lone] + [(row, batch.rows[row].length) for row in decoding]
     return StepInputs(
         token_ids=batch.tokens[rows, positions],
         positions=positions,
         slot_mapping=batch.block_tables[rows, positions // block_size] * block_size + positions % block_size,
         ragged=RaggedBatch(
-            chunks=[_chunk_span(batch, chunk) for chunk in chunks],
-            decodes=_decode_spans(batch, decoding, first_token=num_chunk_tokens),
+            chunks=[_chunk_span(batch, chunk) for chunk in longer],
+            decodes=_decode_spans(batch, alone, positions, first_token=num_chunk_tokens - len(lone)),
         ),
+        chunk_places=places,
+        decode_places=range(num_chunk_tokens, num_chunk_tokens + len(decoding)),
     )
 
 
@@ -49,22 +67,21 @@ def _chunk_span(batch: Batch, chunk: Chunk) -> ChunkSpan:
     return ChunkSpan(num_tokens=chunk.count, start=chunk.start, block_table=batch.block_tables[chunk.row, :num_blocks])
 
 
-def _decode_spans(batch: Batch, decoding: Sequence[int], *, first_token: int) -> list[DecodeSpans]:
+def _decode_spans(batch: Batch, alone: Sequence[tuple[int, int]], positions: Tensor, *, first_token: int) -> list[DecodeSpans]:
     """Rows grouped by length, within a factor of two: one long sequence must not pad all short ones to its length."""
+    widths = [-(-length // batch.block_size) for _, length in alone]
     by_size: dict[int, list[int]] = {}
-    for index, row in enumerate(decoding):
-        num_blocks = -(-batch.rows[row].length // batch.block_size)
-        by_size.setdefault((num_blocks - 1).bit_length(), []).append(index)
+    for index, width in enumerate(widths):
+        by_size.setdefault((width - 1).bit_length(), []).append(index)
     spans = []
     for indices in by_size.values():
-        rows = [decoding[index] for index in indices]
-        width = max(-(-batch.rows[row].length // batch.block_size) for row in rows)
-        on_device = torch.tensor(rows, device=batch.device)
+        rows = torch.tensor([alone[index][0] for index in indices], device=batch.device)
+        tokens = torch.tensor([first_token + index for index in indices], device=batch.device)
         spans.append(
             DecodeSpans(
-                tokens=torch.tensor([first_token + index for index in indices], device=batch.device),
-                lengths=batch.lengths[on_device],
-                block_tables=batch.block_tables[on_device, :width],
+                tokens=tokens,
+                lengths=positions[tokens] + 1,
+                block_tables=batch.block_tables[rows, : max(widths[index] for index in indices)],
             )
         )
     return spans

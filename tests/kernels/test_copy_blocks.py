@@ -5,8 +5,9 @@ from quire.kernels.copy_blocks import copy_blocks, copy_blocks_reference
 
 
 @pytest.mark.parametrize("num_copies", [1, 7, 129])
-def test_blocks_are_copied_whole(num_copies: int) -> None:
-    blocks = torch.randn(300, 2, 2, 1, 4, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_are_copied_whole(num_copies: int, dtype: torch.dtype) -> None:
+    blocks = torch.randn(300, 2, 2, 1, 4, 3).to(dtype)
     ids = torch.randperm(300)
     expected = blocks.clone()
     copy_blocks(blocks, ids[:num_copies], ids[-num_copies:])

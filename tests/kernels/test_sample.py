@@ -4,15 +4,24 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
 
-from quire.kernels.sample import SamplingInputs, broken_rows, filter_min_p, filter_top_k_top_p, gumbel_noise, gumbel_noise_reference, sample
+from quire.kernels.sample import (
+    SamplingInputs,
+    broken_rows,
+    filter_min_p,
+    filter_top_k_top_p,
+    filter_typical_p,
+    gumbel_noise,
+    gumbel_noise_reference,
+    sample,
+)
 
 
 def inputs_of(rows: Sequence[Mapping[str, float]]) -> SamplingInputs:
     """SamplingInputs from one dict per row; what a dict leaves out changes nothing."""
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "sequence_index": 0, "position": 0}
-    dtypes = {"temperature": torch.float32, "min_p": torch.float32, "top_p": torch.float64}
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "seed": 0, "sequence_index": 0, "position": 0}
+    dtypes = {"temperature": torch.float32, "min_p": torch.float32, "typical_p": torch.float32, "top_p": torch.float64}
     filled = [{**defaults, **row} for row in rows]
     return SamplingInputs(**{name: torch.tensor([row[name] for row in filled], dtype=dtypes.get(name, torch.int64)) for name in defaults})
 
@@ -38,6 +47,34 @@ def test_min_p_keeps_what_transformers_keeps(vocab_size: int, min_p: float) -> N
     logits = logits_of(3, vocab_size)
     expected = MinPLogitsWarper(min_p)(None, logits)
     assert torch.equal(filter_min_p(logits, min_p=inputs_of([{"min_p": min_p}] * 3).min_p), expected)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 129, 1000])
+@pytest.mark.parametrize("typical_p", [0.999999, 0.9, 0.31, 1e-6])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_typical_p_keeps_what_transformers_keeps(vocab_size: int, typical_p: float, top_k: int) -> None:
+    logits = logits_of(3, vocab_size)
+    if top_k:  # most tokens are forbidden already
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    expected = TypicalLogitsWarper(typical_p)(None, logits)
+    assert torch.equal(filter_typical_p(logits, typical_p=inputs_of([{"typical_p": typical_p}] * 3).typical_p), expected)
+
+
+def test_typical_p_keeps_the_same_tokens_alone_and_in_a_crowd() -> None:
+    logits = logits_of(9, 1003)
+    typical_p = torch.tensor([0.2, 1.0, 0.9, 0.5, 0.3, 1.0, 0.99, 0.6, 0.8])
+    together = filter_typical_p(logits, typical_p=typical_p)
+    for row in range(9):
+        assert torch.equal(filter_typical_p(logits[row : row + 1], typical_p=typical_p[row : row + 1])[0], together[row])
+    assert torch.equal(together[[1, 5]], logits[[1, 5]])
+
+
+def test_draws_come_from_the_typical_tokens() -> None:
+    logits = logits_of(1, 129).expand(400, 129) / 4
+    drawn = sample(logits, inputs_of([{"typical_p": 0.1, "position": i} for i in range(400)]), purpose=0)
+    kept = TypicalLogitsWarper(0.1)(None, logits[:1])[0].isfinite().nonzero()[:, 0]
+    assert 1 < len(kept) < 40
+    assert set(drawn.tolist()) == set(kept.tolist())
 
 
 def test_rows_are_filtered_each_by_its_own_settings() -> None:

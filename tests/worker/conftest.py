@@ -39,6 +39,7 @@ def make_runner(models: dict[str, TransformersModel]) -> MakeRunner:
         num_blocks: int = 256,
         max_rows: int = 10,
         max_model_len: int = 200,
+        num_cpu_blocks: int = 0,
     ) -> Runner:
         loaded = models[model] if isinstance(model, str) else model
         folder = loaded.folder
@@ -51,6 +52,6 @@ def make_runner(models: dict[str, TransformersModel]) -> MakeRunner:
             dtype=torch.float32,
             device="cpu",
         )
-        return Runner(loaded, kv_cache, rank=0, max_rows=max_rows, max_model_len=max_model_len, device="cpu")
+        return Runner(loaded, kv_cache, rank=0, max_rows=max_rows, max_model_len=max_model_len, device="cpu", num_cpu_blocks=num_cpu_blocks)
 
     return make

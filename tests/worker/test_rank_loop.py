@@ -63,7 +63,12 @@ def run(make_runner: MakeRunner) -> Iterator[RunRank]:
     [
         ([encode(StepPlan(3, 1))], 3, 1, "step 1 came where step 0 was due"),
         ([encode(StepPlan(2, 5)), encode(StepPlan(4, 1))], 4, 1, "step 1 came where step 0 was due"),
-        ([encode(StepPlan(3, 0, swap_in=((0, 1, 2),)))], 3, 0, "StepPlan.swap_in is not supported"),
+        (
+            [encode(StepPlan(3, 0, swap_in=((0, 1, 2),)))],
+            3,
+            0,
+            "copy 0 is between block 1 of 256 on the device and block 2 of 0",
+        ),
         ([encode(StepPlan(3, 0, remove_rows=(4,)))], 3, 0, "row 4 is not in the batch"),
         ([b"\xc1"], 3, 0, "could not be decoded"),
     ],
