@@ -174,7 +174,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         groups=config.groups,
         block_size=config.block_size,
         num_gpu_blocks=_num_gpu_blocks(config, block_bytes=block_bytes, max_model_len=max_model_len, max_sequences=max_sequences),
-        num_cpu_blocks=config.swap_memory // block_bytes,
+        num_cpu_blocks=_num_cpu_blocks(config, block_bytes=block_bytes),
         preemption=config.preemption,
         max_model_len=max_model_len,
         max_sequences=max_sequences,
@@ -323,8 +323,6 @@ def _refuse_later_features(config: ModelConfig) -> None:
         "device": config.device == "cuda",
         "model_backend": config.model_backend == "native",
         "groups": config.groups > 1,
-        "swap_memory": config.swap_memory > 0,
-        "preemption": config.preemption != "auto",
     }
     defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
     for name, asked in later.items():
@@ -351,6 +349,15 @@ def _default_name(model: str | None, folder: ModelFolder) -> str:
 def _num_threads(num_ranks: int) -> int:
     """Threads per rank: one core is left to the scheduler and the gateway, because threads that wait for a busy core wait long."""
     return max(1, ((os.cpu_count() or 2) - 1) // num_ranks)
+
+
+def _num_cpu_blocks(config: ModelConfig, *, block_bytes: int) -> int:
+    """Blocks of a group's swap pool; 0 means that what is preempted is recomputed."""
+    if 0 < config.swap_memory < block_bytes:
+        raise ConfigError(f"swap_memory {config.swap_memory} holds no block; one takes {block_bytes} bytes")
+    if config.preemption == "swap" and config.swap_memory == 0:
+        raise ConfigError("preemption = swap needs memory to swap to, and swap_memory is 0; give it, such as 1Gi")
+    return config.swap_memory // block_bytes
 
 
 def _num_gpu_blocks(config: ModelConfig, *, block_bytes: int, max_model_len: int, max_sequences: int) -> int:

@@ -66,7 +66,9 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
     _refuse_unsupported(spec)
     folder = read_model_folder(Path(spec.model_path))
     block_bytes = spec.block_size * folder.kv_bytes_per_token(dtype=spec.dtype, tensor_parallel_size=spec.tensor_parallel_size)
-    pool = {"num_blocks": spec.num_gpu_blocks, "block_bytes": block_bytes, "num_ranks": spec.tensor_parallel_size}
+    # On CPU the swap pool lies in the same memory.
+    num_blocks = spec.num_gpu_blocks + spec.num_cpu_blocks
+    pool = {"num_blocks": num_blocks, "block_bytes": block_bytes, "num_ranks": spec.tensor_parallel_size}
     check_pool_fits(**pool, available_bytes=available_memory_bytes())
     import torch
 
@@ -102,18 +104,27 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         device=spec.device,
     )
     assert kv_cache.block_bytes == block_bytes, (kv_cache.block_bytes, block_bytes)
-    runner = Runner(model, kv_cache, rank=spec.rank, max_rows=spec.max_sequences, max_model_len=spec.max_model_len, device=spec.device)
+    runner = Runner(
+        model,
+        kv_cache,
+        rank=spec.rank,
+        max_rows=spec.max_sequences,
+        max_model_len=spec.max_model_len,
+        device=spec.device,
+        num_cpu_blocks=spec.num_cpu_blocks,
+    )
     end_phase("pool")
     speeds = measure_prefill(runner, max_tokens=min(spec.max_batched_tokens, spec.max_model_len - 1), collective=collective)
     end_phase("warm-up")
     total_s = sum(seconds for _, seconds in phases)
     _log.info(
-        "ready in %.2f s (%s); %d blocks of %d tokens, %.1f MiB; prefill %s tokens/s",
+        "ready in %.2f s (%s); %d blocks of %d tokens, %.1f MiB, and %d to swap to; prefill %s tokens/s",
         total_s,
         ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases),
         spec.num_gpu_blocks,
         spec.block_size,
         spec.num_gpu_blocks * block_bytes / 2**20,
+        spec.num_cpu_blocks,
         ", ".join(f"{length}: {speed:.0f}" for length, speed in speeds) or "not measured",
     )
     hello = RankHello(
@@ -138,10 +149,8 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
 
 
 def _refuse_unsupported(spec: RankSpec) -> None:
-    supported = {"device": "cpu", "num_cpu_blocks": 0}
-    for name, only in supported.items():
-        if getattr(spec, name) != only:
-            raise ConfigError(f"{name} = {getattr(spec, name)} is not supported by this rank yet; it takes {only}")
+    if spec.device != "cpu":
+        raise ConfigError(f"device = {spec.device} is not supported by this rank yet; it takes cpu")
 
 
 def _report(spec: RankSpec, message: str) -> None:

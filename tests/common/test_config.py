@@ -37,6 +37,8 @@ def test_bytes_are_read_with_their_unit(text: Any, expected: int) -> None:
         ({"gpu_blocks": "0"}, "gpu_blocks is 0; it must be at least 1"),
         ({"gpu_blocks": "9", "kv_cache_memory": "1Gi"}, "gpu_blocks 9 and kv_cache_memory 1073741824 say the same thing twice"),
         ({"kv_cache_memory": "1k"}, "kv_cache_memory 1000 holds no block; one takes 131072 bytes"),
+        ({"swap_memory": "1k"}, "swap_memory 1000 holds no block; one takes 131072 bytes"),
+        ({"preemption": "swap"}, "preemption = swap needs memory to swap to, and swap_memory is 0"),
         ({"swap_memory": "inf"}, "--swap-memory: swap_memory is 'inf'; it takes bytes"),
         ({"swap_memory": "1e999"}, "--swap-memory: swap_memory is '1e999'; it takes bytes"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: kv_cache_memory is 'lots'; it takes bytes, such as 2Gi or 500M"),
@@ -59,8 +61,6 @@ def test_a_bad_value_is_refused_in_one_line_with_its_numbers(flags: dict[str, An
     [
         ({"device": "cuda"}, "device"),
         ({"groups": "2"}, "groups"),
-        ({"swap_memory": "1Gi"}, "swap_memory"),
-        ({"preemption": "swap"}, "preemption"),
         ({"model_backend": "native"}, "model_backend"),
     ],
 )
@@ -98,6 +98,12 @@ def test_key_heads_are_shared_out_over_ranks_and_replicated_when_fewer(size: int
     plan = plan_model(ModelConfig(tensor_parallel_size=size))
     assert plan.block_bytes == 16 * 2 * 8 * kv_heads * 32 * 4
     assert plan.whole_on_each_rank == ""
+
+
+def test_swap_memory_is_counted_in_blocks_of_each_rank() -> None:
+    assert plan_model(ModelConfig()).num_cpu_blocks == 0
+    assert plan_model(ModelConfig(swap_memory=10 * 131072 + 1, preemption="swap")).num_cpu_blocks == 10
+    assert plan_model(ModelConfig(swap_memory=10 * 131072 + 1, tensor_parallel_size=2)).num_cpu_blocks == 20
 
 
 def test_a_family_whose_plan_splits_no_keys_holds_them_all_on_each_rank(tmp_path: Path) -> None:

@@ -138,14 +138,20 @@ def test_a_rank_says_hello_obeys_plans_in_order_and_leaves_when_asked(start: Sta
 
 
 def test_two_ranks_hold_half_the_heads_each_and_draw_what_one_draws(start: StartRank, tiny_folder: Path, tmp_path: Path) -> None:
-    alone = start()
-    ranks = [start(rank=rank, tensor_parallel_size=2, rendezvous_path=str(tmp_path / "meet")) for rank in range(2)]
+    alone = start(num_cpu_blocks=3)
+    split = {"num_cpu_blocks": 3, "tensor_parallel_size": 2, "rendezvous_path": str(tmp_path / "meet")}
+    ranks = [start(rank=rank, **split) for rank in range(2)]
     hellos = [rank.hello() for rank in (alone, *ranks)]
     assert [(hello.rank, hello.block_bytes) for hello in hellos[1:]] == [(rank, hellos[0].block_bytes // 2) for rank in range(2)]
     lengths = [[length for length, _ in hello.prefill_tokens_per_s] for hello in hellos[1:]]
     assert lengths[0] == lengths[1], "ranks that measure different lengths would wait for each other for ever"
 
-    plans = [StepPlan(3, 0, **a_prompt(), debug_checksum=True), *(StepPlan(3, step, debug_checksum=True) for step in range(1, 6))]
+    assert [hello.num_cpu_blocks for hello in hellos] == [3, 3, 3]
+
+    # The first block goes to CPU memory and comes back, each rank's half to and from its own.
+    copies: dict[int, dict[str, Any]] = {2: {"swap_out": ((5, 0, 1),)}, 4: {"swap_in": ((6, 0, 1),), "wait_copies": (6,)}}
+    plans = [StepPlan(3, 0, **a_prompt(), debug_checksum=True)]
+    plans += [StepPlan(3, step, debug_checksum=True, **copies.get(step, {})) for step in range(1, 6)]
     for plan in plans:
         for rank in ranks:
             rank.send(plan)
@@ -153,6 +159,7 @@ def test_two_ranks_hold_half_the_heads_each_and_draw_what_one_draws(start: Start
         assert result.token_ids == expected.token_ids
         assert [(ack.rank, ack.error) for ack in acks] == [(0, ""), (1, "")]
         assert acks[0].checksum == acks[1].checksum != 0
+        assert [ack.copies_done for ack in acks] == [{2: (5,), 4: (6,)}.get(plan.step_id, ())] * 2
 
     # One that dies takes the other with it, in the middle of a step or before.
     ranks[1].process.kill()
