@@ -57,7 +57,7 @@ def connect(*, rendezvous_path: Path, rank: int, size: int) -> Collective:
     """Meet the other ranks of the group at a file that is new for each meeting.
 
     A file and not an address, because torch's TCPStore listens on every interface. Shared memory where all ranks are
-    processes of one x86 host, 4 to 20 times quicker than gloo there; else gloo, on the loopback interface if one host it is.
+    processes of one x86 host, 3 to 40 times quicker than gloo there; else gloo, on the loopback interface if one host it is.
     """
     store = dist.FileStore(str(rendezvous_path), size)  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
