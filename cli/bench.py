@@ -2,7 +2,7 @@
 
 import argparse
 
-from quire.bench import scheduler_load, serve_load
+from quire.bench import cpu, scheduler_load, serve_load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     scheduler_load.add_arguments(scheduler)
     scheduler.set_defaults(run_benchmark=scheduler_load.run)
+    on_cpu = benchmarks.add_parser(
+        "cpu", help="the worker beside transformers, on this processor", description="The worker beside transformers, in turns."
+    )
+    cpu.add_arguments(on_cpu)
+    on_cpu.set_defaults(run_benchmark=cpu.run)
 
 
 def run(args: argparse.Namespace) -> int:

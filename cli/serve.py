@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serve a model over gRPC. Every setting below is also an environment variable (QUIRE_MAX_MODEL_LEN for --max-model-len) "
         "and a key of the config file; flags go before the environment, the environment before the file."
     )
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="folder of the model; the built-in demo model when not given")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="folder of the model, or its id on the hub (organisation/name, perhaps with @revision); the built-in model when not given",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings; those of the model under `models:`, a list of one")
     parser.add_argument("--print-config", action="store_true", help="print the settings as resolved, as YAML, and exit")
     parser.add_argument("--ready-file", metavar="FILE", help="write the address here, as JSON, once the cluster serves")
@@ -55,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         f"{plan.block_size} tokens, {plan.num_gpu_blocks * plan.block_bytes / 2**20:.0f} MiB of KV cache per rank)",
         flush=True,
     )
+    if plan.whole_on_each_rank:
+        print(f"note: each of the {plan.tensor_parallel_size} ranks holds {plan.whole_on_each_rank}")
     num_tokens = plan.num_gpu_blocks * plan.block_size
     if num_tokens < plan.max_model_len:
         print(f"warning: the KV cache holds {num_tokens} tokens, less than max_model_len {plan.max_model_len}: requests are capped at that")

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from quire.common.errors import ConfigError, NotSupported
 from quire.common.model_folder import BUILT_IN_MODEL_NAME, ModelFolder, read_model_folder
+from quire.common.model_hub import fetch_model, hub_name, is_hub_id
 
 ENV_PREFIX: Final = "QUIRE_"
 # Variables of ours that are no settings. Others are not ours and not our business: Kubernetes makes QUIRE_PORT of a service.
@@ -41,8 +42,8 @@ def _setting(default: Any, help_text: str, *, choices: Sequence[str] | None = No
 class ModelConfig:
     """One entry of `models:`. None means: decided from the model and the device, and logged."""
 
-    model: str | None = _setting(None, "folder of the model; the built-in demo model when not given")
-    name: str | None = _setting(None, "name that requests use; the folder's name when not given")
+    model: str | None = _setting(None, "folder of the model, or its id on the hub; the built-in demo model when not given")
+    name: str | None = _setting(None, "name that requests use; the folder's name or the id when not given")
     device: str = _setting("auto", "where the ranks compute", choices=("auto", "cpu", "cuda"))
     dtype: str = _setting(
         "auto",
@@ -104,6 +105,13 @@ class ModelPlan:
         per_token = self.folder.kv_bytes_per_token(dtype=self.dtype, tensor_parallel_size=self.tensor_parallel_size)
         return self.block_size * per_token
 
+    @property
+    def whole_on_each_rank(self) -> str:
+        """What the ranks of a group do not share out, each holding and computing all of it; "" if nothing of weight."""
+        if self.tensor_parallel_size == 1 or self.folder.splits_kv_heads:
+            return ""
+        return f"all {self.folder.num_kv_heads} key and value heads: the plan of family {self.folder.model_type!r} does not split them"
+
 
 def resolve_config(
     flags: Mapping[str, Any], *, environ: Mapping[str, str] = os.environ, file: Mapping[str, Any] | None = None
@@ -126,7 +134,7 @@ def resolve_config(
 
 
 def plan_model(config: ModelConfig) -> ModelPlan:
-    """Decide everything that `config` leaves open, from the model's folder.
+    """Decide everything that `config` leaves open, from the model's folder. A model that is named by its id is fetched first.
 
     Raises:
         ConfigError: the settings and the model do not fit; the message holds both numbers.
@@ -141,6 +149,11 @@ def plan_model(config: ModelConfig) -> ModelPlan:
     max_model_len = config.max_model_len or folder.max_positions
     if max_model_len > folder.max_positions:
         raise ConfigError(f"max_model_len {max_model_len} is more than the {folder.max_positions} positions of the model; use at most that")
+    if folder.splits_kv_heads and folder.num_kv_heads % tensor_parallel_size and tensor_parallel_size % folder.num_kv_heads:
+        raise ConfigError(
+            f"{folder.num_kv_heads} key heads cannot be split over {tensor_parallel_size} ranks: one number must be a multiple of the "
+            "other; use another tensor_parallel_size"
+        )
     _refuse_later_features(config)
     device = "cpu" if config.device == "auto" else config.device
     dtype = ("float32" if device == "cpu" else folder.dtype) if config.dtype == "auto" else config.dtype
@@ -154,7 +167,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         )
     block_bytes = config.block_size * folder.kv_bytes_per_token(dtype=dtype, tensor_parallel_size=tensor_parallel_size)
     return ModelPlan(
-        name=config.name or (folder.path.name if config.model else BUILT_IN_MODEL_NAME),
+        name=config.name or _default_name(config.model, folder),
         folder=folder,
         device=device,
         dtype=dtype,
@@ -162,7 +175,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         groups=config.groups,
         block_size=config.block_size,
         num_gpu_blocks=_num_gpu_blocks(config, block_bytes=block_bytes, max_model_len=max_model_len, max_sequences=max_sequences),
-        num_cpu_blocks=config.swap_memory // block_bytes,
+        num_cpu_blocks=_num_cpu_blocks(config, block_bytes=block_bytes),
         preemption=config.preemption,
         max_model_len=max_model_len,
         max_sequences=max_sequences,
@@ -310,10 +323,7 @@ def _refuse_later_features(config: ModelConfig) -> None:
     later = {
         "device": config.device == "cuda",
         "model_backend": config.model_backend == "native",
-        "tensor_parallel_size": config.tensor_parallel_size > 1,
         "groups": config.groups > 1,
-        "swap_memory": config.swap_memory > 0,
-        "preemption": config.preemption != "auto",
     }
     defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
     for name, asked in later.items():
@@ -324,14 +334,31 @@ def _refuse_later_features(config: ModelConfig) -> None:
 
 
 def _model_path(model: str | None) -> Path:
+    if model is not None and is_hub_id(model):
+        return fetch_model(model)
     if model is not None:
         return Path(model).expanduser().absolute()
     return Path(str(importlib.resources.files("quire.demo_model") / "config.json")).parent
 
 
+def _default_name(model: str | None, folder: ModelFolder) -> str:
+    if model is None:
+        return BUILT_IN_MODEL_NAME
+    return hub_name(model) if is_hub_id(model) else folder.path.name
+
+
 def _num_threads(num_ranks: int) -> int:
     """Threads per rank: one core is left to the scheduler and the gateway, because threads that wait for a busy core wait long."""
     return max(1, ((os.cpu_count() or 2) - 1) // num_ranks)
+
+
+def _num_cpu_blocks(config: ModelConfig, *, block_bytes: int) -> int:
+    """Blocks of a group's swap pool; 0 means that what is preempted is recomputed."""
+    if 0 < config.swap_memory < block_bytes:
+        raise ConfigError(f"swap_memory {config.swap_memory} holds no block; one takes {block_bytes} bytes")
+    if config.preemption == "swap" and config.swap_memory == 0:
+        raise ConfigError("preemption = swap needs memory to swap to, and swap_memory is 0; give it, such as 1Gi")
+    return config.swap_memory // block_bytes
 
 
 def _num_gpu_blocks(config: ModelConfig, *, block_bytes: int, max_model_len: int, max_sequences: int) -> int:

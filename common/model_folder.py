@@ -23,8 +23,17 @@ _SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "num_kv_heads": ("num_key_value_heads", "multi_query_group_num", "num_kv_heads"),
     "head_dim": ("head_dim",),
     "vocab_size": ("vocab_size",),
-    "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
+    "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"),
 }
+# Families whose plan in transformers splits no keys: fused projections, norms over all heads, or no word on attention at all.
+# A test compares this with transformers' plans.
+WHOLE_KV_FAMILIES: Final = frozenset({
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note",
+    "dots3_note_text", "flex_olmo", "flint", "glm4_moe_lite", "glm_moe_dsa", "granitemoe", "granitemoehybrid", "granitemoeshared",
+    "hunyuan_v1_moe", "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2_moe", "longcat_flash", "minicpm3",
+    "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi3", "phi4_multimodal", "phimoe",
+    "qwen4_exp", "qwen4_exp_text", "youtu",
+})  # fmt: skip
 _DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -46,11 +55,20 @@ class ModelFolder:
     generation: Mapping[str, Any]  # generation_config.json, {} without one; numbers where numbers belong
     has_chat_template: bool
     fingerprint: str  # of config and weights' index; equal on all ranks of a group
+    weight_files: tuple[str, ...]  # *.safetensors to read, by name
+
+    @property
+    def splits_kv_heads(self) -> bool:
+        """Whether ranks can share out the KV heads, or each must hold all of them."""
+        return self.model_type not in WHOLE_KV_FAMILIES
+
+    def kv_heads_per_rank(self, tensor_parallel_size: int) -> int:
+        """KV heads that each rank holds; they are replicated when fewer than ranks."""
+        return max(1, self.num_kv_heads // tensor_parallel_size) if self.splits_kv_heads else self.num_kv_heads
 
     def kv_bytes_per_token(self, *, dtype: str, tensor_parallel_size: int) -> int:
-        """Keys and values of one token on one rank, all layers, in bytes. KV heads are replicated when fewer than ranks."""
-        heads_per_rank = max(1, self.num_kv_heads // tensor_parallel_size)
-        return 2 * self.num_layers * heads_per_rank * self.head_dim * _DTYPE_BYTES[dtype]
+        """Keys and values of one token on one rank, all layers, in bytes."""
+        return 2 * self.num_layers * self.kv_heads_per_rank(tensor_parallel_size) * self.head_dim * _DTYPE_BYTES[dtype]
 
 
 def read_model_folder(path: Path) -> ModelFolder:
@@ -68,7 +86,8 @@ def read_model_folder(path: Path) -> ModelFolder:
             f"\"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{path}').save_pretrained('{path}')\"",
             reason="NO_TOKENIZER_JSON",
         )
-    if not any(path.glob("*.safetensors")):
+    weight_files = _weight_files(path)
+    if not weight_files:
         raise ConfigError(
             f"{path} has no *.safetensors; other formats can run code when loaded and are not read; convert it with: {sys.executable} -c "
             f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}')\"",
@@ -95,7 +114,27 @@ def read_model_folder(path: Path) -> ModelFolder:
         generation=generation,
         has_chat_template=(path / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
         fingerprint=_fingerprint(path),
+        weight_files=weight_files,
     )
+
+
+def _weight_files(path: Path) -> tuple[str, ...]:
+    """The files that the index lists, else every *.safetensors but copies in another layout, which some publishers add."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return tuple(sorted(file.name for file in path.glob("*.safetensors") if not file.name.startswith("consolidated")))
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
+        raise ConfigError(f"{index} has no weight_map of tensor names to file names; get the folder again")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{path} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ", which its index lists; "
+            "get the folder again",
+            reason="WEIGHTS_INCOMPLETE",
+        )
+    return tuple(names)
 
 
 def _size(config: Mapping[str, Any], name: str, path: Path, *, default: int | None = None) -> int:
@@ -107,7 +146,11 @@ def _size(config: Mapping[str, Any], name: str, path: Path, *, default: int | No
             return int(size)
     if default is None:
         what = " or ".join(_SPELLINGS[name])
-        raise ConfigError(f"{path}/config.json does not say {what}; is this a decoder-only language model?")
+        raise ConfigError(
+            f"model family {config.get('model_type', 'unknown')!r} cannot be served: {path}/config.json does not say {what}; this version "
+            "runs decoders that attend to a stated number of positions",
+            reason="FAMILY_NOT_SUPPORTED",
+        )
     return default
 
 

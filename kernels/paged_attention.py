@@ -80,6 +80,10 @@ def paged_attention(
         # One query per row: heads that share keys take the place of queries, so nothing is repeated.
         folded = query[spans.tokens].unflatten(1, (num_kv_heads, group))
         keys_values = _gather(kv_cache, spans.block_tables, (batch, -1 - index))
+        if query.device.type == "cpu":
+            # torch's kernel for 16 bits is made for many queries per key. In float32, conversion included, 16 rows of 256 tokens
+            # take 0.63 ms instead of 0.74, 32 rows 1.5 instead of 2.0 (one core of an AMD EPYC, torch 2.13, 2026-11-25).
+            folded, keys_values = folded.float(), keys_values.float()
         mask = _decode_mask(batch, index, keys_values.shape[3], sliding_window)
         row_sinks = None if sinks is None else sinks.view(1, num_kv_heads, group, 1)
         attended = _attend(
@@ -91,7 +95,7 @@ def paged_attention(
             attended = _attend(
                 folded, keys_values[0], keys_values[1], mask=mask, is_causal=False, scale=scale, softcap=softcap, sinks=row_sinks
             )
-        output[spans.tokens] = attended.flatten(1, 2)
+        output[spans.tokens] = attended.flatten(1, 2).to(query.dtype)
     return output
 
 

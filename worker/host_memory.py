@@ -8,20 +8,22 @@ from quire.common.errors import ConfigError
 _GIB: Final = 2**30
 
 
-def check_pool_fits(*, num_blocks: int, block_bytes: int, available_bytes: int | None) -> None:
+def check_pool_fits(*, num_blocks: int, block_bytes: int, available_bytes: int | None, num_ranks: int = 1) -> None:
     """Refuse a pool that memory cannot hold, before the kernel's out-of-memory killer does.
 
+    num_ranks:       ranks on this host, each with a pool of this size
     available_bytes: None when this system does not say; then everything passes
 
     Raises:
         ConfigError: with the arithmetic.
     """
-    pool_bytes = num_blocks * block_bytes
-    if available_bytes is not None and pool_bytes > available_bytes:
+    all_bytes = num_ranks * num_blocks * block_bytes
+    if available_bytes is not None and all_bytes > available_bytes:
+        each = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
         raise ConfigError(
-            f"the KV pool needs {num_blocks} blocks of {block_bytes} bytes, {pool_bytes / _GIB:.2f} GiB, and this host has "
-            f"{available_bytes / _GIB:.2f} GiB available, room for {available_bytes // block_bytes} blocks; lower gpu_blocks, "
-            f"kv_cache_memory or max_sequences",
+            f"the KV pool needs {num_blocks} blocks of {block_bytes} bytes{each}, {all_bytes / _GIB:.2f} GiB, and this host has "
+            f"{available_bytes / _GIB:.2f} GiB available, room for {available_bytes // (num_ranks * block_bytes)} blocks; lower "
+            f"gpu_blocks, kv_cache_memory or max_sequences",
             reason="NOT_ENOUGH_MEMORY",
         )
 

@@ -6,11 +6,12 @@ import signal
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.common.child_process import enter_child
-from quire.common.errors import ConfigError
+from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
 from quire.common.model_folder import read_model_folder
@@ -29,27 +30,29 @@ def main() -> int:
     spec = RankSpec(**enter_child())
     logging.basicConfig(level=spec.log_level.upper(), stream=sys.stderr, format=f"%(asctime)s %(levelname)s rank {spec.name}: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading, there is nothing to finish
-    try:
-        runner, hello = _load(spec)
-    except ConfigError as error:
-        _log.error("%s", error.message)
-        _report(spec, error.message)
-        return 1
-    except Exception as error:
-        _log.exception("the rank could not start")
-        _report(spec, f"{type(error).__name__}: {error}")
-        return 1
+    with ExitStack() as at_end:
+        try:
+            runner, hello = _load(spec, at_end)
+        except QuireError as error:
+            _log.error("%s", error.message)
+            _report(spec, error.message)
+            return 1
+        except Exception as error:
+            _log.exception("the rank could not start")
+            _report(spec, f"{type(error).__name__}: {error}")
+            return 1
 
-    from quire.worker.rank_loop import RankLoop
+        from quire.worker.rank_loop import RankLoop
 
-    return RankLoop(spec, runner).run(hello)
+        return RankLoop(spec, runner).run(hello)
 
 
-def _load(spec: RankSpec) -> "tuple[Runner, RankHello]":
-    """Everything between the specification and the hello, logged by phase.
+def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
+    """Everything between the specification and the hello, logged by phase. `at_end` lets go of the other ranks.
 
     Raises:
         ConfigError: this model cannot be served with these settings on this host.
+        Unavailable: another rank of the group did not come this far.
     """
     phases: list[tuple[str, float]] = []
     phase_start_s = time.perf_counter()
@@ -63,12 +66,16 @@ def _load(spec: RankSpec) -> "tuple[Runner, RankHello]":
     _refuse_unsupported(spec)
     folder = read_model_folder(Path(spec.model_path))
     block_bytes = spec.block_size * folder.kv_bytes_per_token(dtype=spec.dtype, tensor_parallel_size=spec.tensor_parallel_size)
-    check_pool_fits(num_blocks=spec.num_gpu_blocks, block_bytes=block_bytes, available_bytes=available_memory_bytes())
+    # On CPU the swap pool lies in the same memory.
+    num_blocks = spec.num_gpu_blocks + spec.num_cpu_blocks
+    pool = {"num_blocks": num_blocks, "block_bytes": block_bytes, "num_ranks": spec.tensor_parallel_size}
+    check_pool_fits(**pool, available_bytes=available_memory_bytes())
     import torch
 
     torch.set_num_threads(spec.num_threads)
     torch.set_grad_enabled(False)
     end_phase("torch")
+    from quire.worker.collectives import Collective, connect
     from quire.worker.kv_cache import KvCache
     from quire.worker.models.self_check import check_model
     from quire.worker.models.transformers_model import DTYPES, load_transformers_model
@@ -76,34 +83,48 @@ def _load(spec: RankSpec) -> "tuple[Runner, RankHello]":
     from quire.worker.warm_up import measure_prefill
 
     end_phase("transformers")
-    model = load_transformers_model(folder, dtype=spec.dtype, device=spec.device)
+    collective: Collective | None = None
+    if spec.tensor_parallel_size > 1:
+        collective = connect(rendezvous_path=Path(spec.rendezvous_path), rank=spec.rank, size=spec.tensor_parallel_size)
+        at_end.callback(collective.close)
+        _log.info("all %d ranks have met, over %s", spec.tensor_parallel_size, type(collective).__name__)
+        end_phase("ranks")
+    model = load_transformers_model(folder, dtype=spec.dtype, device=spec.device, collective=collective)
     end_phase("weights")
     check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
     end_phase("self-check")
-    # Once more: the weights are in memory now.
-    check_pool_fits(num_blocks=spec.num_gpu_blocks, block_bytes=block_bytes, available_bytes=available_memory_bytes())
+    check_pool_fits(**pool, available_bytes=available_memory_bytes())  # once more: the weights are in memory now
     kv_cache = KvCache(
         num_blocks=spec.num_gpu_blocks,
         num_layers=folder.num_layers,
-        num_kv_heads=folder.num_kv_heads,
+        num_kv_heads=model.num_kv_heads,
         block_size=spec.block_size,
         head_dim=folder.head_dim,
         dtype=DTYPES[spec.dtype],
         device=spec.device,
     )
     assert kv_cache.block_bytes == block_bytes, (kv_cache.block_bytes, block_bytes)
-    runner = Runner(model, kv_cache, rank=spec.rank, max_rows=spec.max_sequences, max_model_len=spec.max_model_len, device=spec.device)
+    runner = Runner(
+        model,
+        kv_cache,
+        rank=spec.rank,
+        max_rows=spec.max_sequences,
+        max_model_len=spec.max_model_len,
+        device=spec.device,
+        num_cpu_blocks=spec.num_cpu_blocks,
+    )
     end_phase("pool")
-    speeds = measure_prefill(runner, max_tokens=min(spec.max_batched_tokens, spec.max_model_len - 1))
+    speeds = measure_prefill(runner, max_tokens=min(spec.max_batched_tokens, spec.max_model_len - 1), collective=collective)
     end_phase("warm-up")
     total_s = sum(seconds for _, seconds in phases)
     _log.info(
-        "ready in %.2f s (%s); %d blocks of %d tokens, %.1f MiB; prefill %s tokens/s",
+        "ready in %.2f s (%s); %d blocks of %d tokens, %.1f MiB, and %d to swap to; prefill %s tokens/s",
         total_s,
         ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases),
         spec.num_gpu_blocks,
         spec.block_size,
         spec.num_gpu_blocks * block_bytes / 2**20,
+        spec.num_cpu_blocks,
         ", ".join(f"{length}: {speed:.0f}" for length, speed in speeds) or "not measured",
     )
     hello = RankHello(
@@ -128,10 +149,8 @@ def _load(spec: RankSpec) -> "tuple[Runner, RankHello]":
 
 
 def _refuse_unsupported(spec: RankSpec) -> None:
-    supported = {"device": "cpu", "tensor_parallel_size": 1, "rank": 0, "num_cpu_blocks": 0}
-    for name, only in supported.items():
-        if getattr(spec, name) != only:
-            raise ConfigError(f"{name} = {getattr(spec, name)} is not supported by this rank yet; it takes {only}")
+    if spec.device != "cpu":
+        raise ConfigError(f"device = {spec.device} is not supported by this rank yet; it takes cpu")
 
 
 def _report(spec: RankSpec, message: str) -> None:

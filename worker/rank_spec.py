@@ -25,6 +25,7 @@ class RankSpec:
     num_threads: int  # of torch
     log_level: str
     report_path: str  # file for the reason of a failed start; "" for none
+    rendezvous_path: str = ""  # file at which the ranks of the group meet, new for each term; "" for a group of one
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ import time
 from typing import Final
 
 from quire.common.messages import Chunk, RowAdd, SamplingState, StepPlan
+from quire.worker.collectives import Collective, all_agree
 from quire.worker.runner import Runner
 
 _LENGTHS: Final = (16, 64, 256)
@@ -11,10 +12,11 @@ _LENGTHS: Final = (16, 64, 256)
 _BUDGET_S: Final = 0.1
 
 
-def measure_prefill(runner: Runner, *, max_tokens: int) -> tuple[tuple[int, float], ...]:
+def measure_prefill(runner: Runner, *, max_tokens: int, collective: Collective | None = None) -> tuple[tuple[int, float], ...]:
     """(prompt length, tokens per second), ascending, for lengths of at most max_tokens that fit into the pool.
 
     max_tokens leaves room for the token that is drawn. Afterwards the batch is empty and blocks hold leftovers, as free blocks do.
+    collective: the ranks that compute together, and so must measure the same lengths; None for one alone
     """
     block_size, num_blocks = runner.kv_cache.block_size, runner.kv_cache.num_blocks
     longest = min(max_tokens, num_blocks * block_size)
@@ -24,7 +26,7 @@ def measure_prefill(runner: Runner, *, max_tokens: int) -> tuple[tuple[int, floa
     speeds = []
     started_s = time.perf_counter()
     for length in _LENGTHS:
-        if length > longest or time.perf_counter() - started_s > _BUDGET_S:
+        if length > longest or not all_agree(collective, time.perf_counter() - started_s <= _BUDGET_S):
             break
         # The better of two: other processes of this host may take the first one's time.
         speeds.append((length, length / min(_prefill(runner, length), _prefill(runner, length))))

@@ -305,6 +305,7 @@ class _Controller:
                 num_threads=plan.num_threads,
                 log_level=self._config.log_level,
                 report_path=str(self._report(group, rank)),
+                rendezvous_path=str(self._folder / f"{group.group_id}-{group.term}.rendezvous") if plan.tensor_parallel_size > 1 else "",
             )
         )
 

@@ -12,8 +12,8 @@ REFUSE_SERVER_EXTRA = """
 import sys
 
 class Refuse:
-    names = {"grpc_health", "grpc_reflection", "jinja2", "msgspec", "numpy", "yaml", "zmq", "ray", "safetensors", "tokenizers",
-             "torch", "transformers", "triton"}
+    names = {"grpc_health", "grpc_reflection", "huggingface_hub", "jinja2", "msgspec", "numpy", "yaml", "zmq", "ray", "safetensors",
+             "tokenizers", "torch", "transformers", "triton"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

@@ -37,6 +37,8 @@ def test_bytes_are_read_with_their_unit(text: Any, expected: int) -> None:
         ({"gpu_blocks": "0"}, "gpu_blocks is 0; it must be at least 1"),
         ({"gpu_blocks": "9", "kv_cache_memory": "1Gi"}, "gpu_blocks 9 and kv_cache_memory 1073741824 say the same thing twice"),
         ({"kv_cache_memory": "1k"}, "kv_cache_memory 1000 holds no block; one takes 131072 bytes"),
+        ({"swap_memory": "1k"}, "swap_memory 1000 holds no block; one takes 131072 bytes"),
+        ({"preemption": "swap"}, "preemption = swap needs memory to swap to, and swap_memory is 0"),
         ({"swap_memory": "inf"}, "--swap-memory: swap_memory is 'inf'; it takes bytes"),
         ({"swap_memory": "1e999"}, "--swap-memory: swap_memory is '1e999'; it takes bytes"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: kv_cache_memory is 'lots'; it takes bytes, such as 2Gi or 500M"),
@@ -58,10 +60,7 @@ def test_a_bad_value_is_refused_in_one_line_with_its_numbers(flags: dict[str, An
     ("flags", "name"),
     [
         ({"device": "cuda"}, "device"),
-        ({"tensor_parallel_size": "2"}, "tensor_parallel_size"),
         ({"groups": "2"}, "groups"),
-        ({"swap_memory": "1Gi"}, "swap_memory"),
-        ({"preemption": "swap"}, "preemption"),
         ({"model_backend": "native"}, "model_backend"),
     ],
 )
@@ -84,6 +83,58 @@ def test_the_built_in_model_is_served_when_none_is_named() -> None:
     plan = plan_model(ModelConfig())
     assert (plan.name, plan.dtype, plan.device, plan.max_model_len) == ("quire-tales", "float32", "cpu", 2048)
     assert plan.block_bytes == 16 * 2 * 8 * 4 * 32 * 4  # tokens, keys and values, layers, KV heads, head size, bytes
+
+
+def changed_model(folder: Path, **changes: Any) -> Path:
+    """A copy of the built-in model whose config says something else."""
+    shutil.copytree(plan_model(ModelConfig()).folder.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(("size", "kv_heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
+def test_key_heads_are_shared_out_over_ranks_and_replicated_when_fewer(size: int, kv_heads: int) -> None:
+    plan = plan_model(ModelConfig(tensor_parallel_size=size))
+    assert plan.block_bytes == 16 * 2 * 8 * kv_heads * 32 * 4
+    assert plan.whole_on_each_rank == ""
+
+
+def test_swap_memory_is_counted_in_blocks_of_each_rank() -> None:
+    assert plan_model(ModelConfig()).num_cpu_blocks == 0
+    assert plan_model(ModelConfig(swap_memory=10 * 131072 + 1, preemption="swap")).num_cpu_blocks == 10
+    assert plan_model(ModelConfig(swap_memory=10 * 131072 + 1, tensor_parallel_size=2)).num_cpu_blocks == 20
+
+
+def test_a_family_whose_plan_splits_no_keys_holds_them_all_on_each_rank(tmp_path: Path) -> None:
+    folder = changed_model(tmp_path / "model", model_type="phi3")
+    plan = plan_model(ModelConfig(model=str(folder), tensor_parallel_size=2))
+    assert plan.block_bytes == 16 * 2 * 8 * 4 * 32 * 4
+    assert plan.whole_on_each_rank == "all 4 key and value heads: the plan of family 'phi3' does not split them"
+
+
+def test_key_heads_that_cannot_be_split_evenly_are_refused(tmp_path: Path) -> None:
+    folder = changed_model(tmp_path / "model", num_attention_heads=12, num_key_value_heads=6, head_dim=32)
+    with pytest.raises(ConfigError, match="6 key heads cannot be split over 4 ranks"):
+        plan_model(ModelConfig(model=str(folder), tensor_parallel_size=4))
+
+
+def test_the_files_of_the_index_are_read_and_no_others(tmp_path: Path) -> None:
+    folder = changed_model(tmp_path / "model")
+    assert read_model_folder(folder).weight_files == ("model.safetensors",)
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert read_model_folder(folder).weight_files == ("model.safetensors",)
+    (folder / "model-1.safetensors").touch()
+    (folder / "model-2.safetensors").touch()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}}))
+    assert read_model_folder(folder).weight_files == ("model-1.safetensors", "model-2.safetensors")
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"lacks model-2.safetensors, which its index lists"):
+        read_model_folder(folder)
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(ConfigError, match="has no weight_map of tensor names to file names"):
+        read_model_folder(folder)
 
 
 def test_a_pool_smaller_than_the_model_length_is_allowed() -> None:

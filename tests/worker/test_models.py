@@ -4,27 +4,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, SIZES
 from tiny_models import DEMO_MODEL, save_tiny_llama, save_tiny_model
 
 from quire.common.errors import ConfigError
 from quire.common.model_folder import read_model_folder
 from quire.worker.models.self_check import check_model
 from quire.worker.models.transformers_model import load_transformers_model
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2}
-ROPE_BY_LENGTH = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 
 
 def check(folder: Path, dtype: str = "float32", max_model_len: int = 256) -> None:
@@ -37,18 +23,17 @@ def test_the_built_in_model_passes_its_check(dtype: str) -> None:
     check(DEMO_MODEL, dtype)
 
 
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("qwen3", {**SIZES, "head_dim": 32}),
-        ("mistral", {**SIZES, "sliding_window": 4}),
-        ("gemma2", {**SIZES, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-        ("gpt2", GPT_SIZES),
-        ("mixtral", {**SIZES, "num_local_experts": 4}),
-    ],
-)
-def test_families_that_use_the_attention_they_are_given_pass(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_that_use_the_attention_they_are_given_pass(tmp_path: Path, name: str) -> None:
+    family, config = FAMILIES[name]
     check(save_tiny_model(tmp_path, family, **config))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "gpt2", "gpt_oss"])
+def test_families_pass_in_16_bits(tmp_path: Path, name: str, dtype: str) -> None:
+    family, config = FAMILIES[name]
+    check(save_tiny_model(tmp_path, family, **config), dtype)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +43,16 @@ def test_families_that_use_the_attention_they_are_given_pass(tmp_path: Path, fam
             "falcon",
             {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2},
             "0 of its 2 layers use the attention",
+        ),
+        (
+            "bloom",
+            {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "seq_length": 256, "bos_token_id": 1, "eos_token_id": 2},
+            "0 of its 2 layers use the attention",
+        ),
+        (
+            "mamba",
+            {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2},
+            "config.json does not say num_attention_heads",
         ),
         (
             "gptj",
@@ -91,8 +86,9 @@ def test_families_that_use_the_attention_they_are_given_pass(tmp_path: Path, fam
 def test_families_that_would_give_wrong_tokens_are_refused_by_name_and_reason(
     tmp_path: Path, family: str, config: dict[str, Any], why: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"model family '{family}' cannot be served: .*{why}"):
+    with pytest.raises(ConfigError, match=f"model family '{family}' cannot be served: .*{why}") as caught:
         check(save_tiny_model(tmp_path, family, **config))
+    assert caught.value.reason == "FAMILY_NOT_SUPPORTED"
 
 
 def test_a_cache_that_the_keys_do_not_fit_is_named(tmp_path: Path) -> None:

@@ -44,19 +44,20 @@ class Rank:
             "max_batched_tokens": 128, "scheduler_address": f"tcp://127.0.0.1:{port}", "rank_lease_s": 30.0, "num_threads": 1,
             "log_level": "info", "report_path": "", **changes,
         }  # fmt: skip
+        self.name = f"g/{self.spec['rank']}".encode()
         self.process = start_child("quire.worker.rank_process", self.spec)
 
     def receive(self, timeout_s: int = ANSWER_TIMEOUT_S) -> Any:
         assert self.socket.poll(timeout_s * 1000), "the rank is silent"
         identity, frame = self.socket.recv_multipart()
-        assert identity == b"g/0"
+        assert identity == self.name
         return decode_rank_up(frame)
 
     def hello(self) -> Any:
         return self.receive(START_TIMEOUT_S)
 
     def send(self, plan: StepPlan) -> None:
-        self.socket.send_multipart([b"g/0", encode(plan)])
+        self.socket.send_multipart([self.name, encode(plan)])
 
     def step(self, plan: StepPlan) -> StepResult:
         self.send(plan)
@@ -136,6 +137,38 @@ def test_a_rank_says_hello_obeys_plans_in_order_and_leaves_when_asked(start: Sta
     assert rank.wait() == 0
 
 
+def test_two_ranks_hold_half_the_heads_each_and_draw_what_one_draws(start: StartRank, tiny_folder: Path, tmp_path: Path) -> None:
+    alone = start(num_cpu_blocks=3)
+    split = {"num_cpu_blocks": 3, "tensor_parallel_size": 2, "rendezvous_path": str(tmp_path / "meet")}
+    ranks = [start(rank=rank, **split) for rank in range(2)]
+    hellos = [rank.hello() for rank in (alone, *ranks)]
+    assert [(hello.rank, hello.block_bytes) for hello in hellos[1:]] == [(rank, hellos[0].block_bytes // 2) for rank in range(2)]
+    lengths = [[length for length, _ in hello.prefill_tokens_per_s] for hello in hellos[1:]]
+    assert lengths[0] == lengths[1], "ranks that measure different lengths would wait for each other for ever"
+
+    assert [hello.num_cpu_blocks for hello in hellos] == [3, 3, 3]
+
+    # The first block goes to CPU memory and comes back, each rank's half to and from its own.
+    copies: dict[int, dict[str, Any]] = {2: {"swap_out": ((5, 0, 1),)}, 4: {"swap_in": ((6, 0, 1),), "wait_copies": (6,)}}
+    plans = [StepPlan(3, 0, **a_prompt(), debug_checksum=True)]
+    plans += [StepPlan(3, step, debug_checksum=True, **copies.get(step, {})) for step in range(1, 6)]
+    for plan in plans:
+        for rank in ranks:
+            rank.send(plan)
+        expected, result, acks = alone.step(plan), ranks[0].receive(), [rank.receive() for rank in ranks]
+        assert result.token_ids == expected.token_ids
+        assert [(ack.rank, ack.error) for ack in acks] == [(0, ""), (1, "")]
+        assert acks[0].checksum == acks[1].checksum != 0
+        assert [ack.copies_done for ack in acks] == [{2: (5,), 4: (6,)}.get(plan.step_id, ())] * 2
+
+    # One that dies takes the other with it, in the middle of a step or before.
+    ranks[1].process.kill()
+    ranks[0].send(StepPlan(3, len(plans)))
+    assert "rank 1 (process" in ranks[0].receive().error
+    assert ranks[0].wait() == 1
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / "meet"])
+
+
 def test_a_rank_without_plans_ends_when_its_lease_does(start: StartRank) -> None:
     rank = start(rank_lease_s=0.5)
     rank.hello()
@@ -147,7 +180,8 @@ def test_a_rank_without_plans_ends_when_its_lease_does(start: StartRank) -> None
     [
         ({"num_gpu_blocks": 10**10}, "the KV pool needs 10000000000 blocks of 2048 bytes"),
         ({"model_path": "/nowhere"}, "/nowhere is not a folder"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size = 2 is not supported"),
+        ({"num_gpu_blocks": 10**9, "tensor_parallel_size": 2}, "blocks of 1024 bytes on each of 2 ranks"),
+        ({"device": "cuda"}, "device = cuda is not supported"),
     ],
 )
 def test_a_rank_that_cannot_start_leaves_its_reason(start: StartRank, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

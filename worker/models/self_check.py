@@ -44,11 +44,26 @@ def check_model(model: TransformersModel, *, dtype: str, device: str, max_model_
     if len(model.layers_seen) != num_layers:
         raise _refusal(model, f"{len(model.layers_seen)} of its {num_layers} layers use the attention they are given")
     _check_windows(model, max_model_len)
-    error = max(
-        float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)) for ours, theirs in zip(actual, expected, strict=True)
-    )
+    error = _error(actual, expected, is_routed=_is_routed(model) and dtype != "float32")
     if not error <= MAX_RELATIVE_ERROR[dtype]:
         raise _refusal(model, f"its logits in a ragged batch differ from its own by {error:.1e} (at most {MAX_RELATIVE_ERROR[dtype]:.0e})")
+
+
+def _error(actual: Sequence[Tensor], expected: Sequence[Tensor], *, is_routed: bool) -> float:
+    """Largest difference of a token's logits, relative to its sequence's largest; with is_routed the median token's.
+
+    In 16 bits a router that nearly draws may take another expert in another batch, which changes a token for good reason.
+    A family whose attention is not ours is wrong in all tokens but each sequence's first.
+    """
+    errors = [
+        (ours - theirs).abs().amax(dim=-1) / theirs.abs().max().clamp(min=1e-30) for ours, theirs in zip(actual, expected, strict=True)
+    ]
+    of_tokens = torch.cat(errors)
+    return float(of_tokens.median() if is_routed and not of_tokens.isnan().any() else of_tokens.max())
+
+
+def _is_routed(model: TransformersModel) -> bool:
+    return any(name.endswith("experts") for name, _ in model.module.named_modules())
 
 
 def _check_config(model: TransformersModel, max_model_len: int) -> None:
@@ -94,7 +109,7 @@ def _ragged_logits(model: TransformersModel, sequences: Sequence[Tensor], *, dty
     kv_cache = KvCache(
         num_blocks=num_blocks,
         num_layers=folder.num_layers,
-        num_kv_heads=folder.num_kv_heads,
+        num_kv_heads=model.num_kv_heads,
         block_size=_BLOCK_SIZE,
         head_dim=folder.head_dim,
         dtype=DTYPES[dtype],

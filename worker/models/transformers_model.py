@@ -4,20 +4,24 @@ import inspect
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from quire.common.errors import ConfigError
 from quire.common.model_folder import ModelFolder
 from quire.kernels.paged_attention import paged_attention
 from quire.kernels.store_kv import store_kv
+from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
+from quire.worker.models.checkpoint import Checkpoint
+from quire.worker.models.packed_linear import pack_linears
+from quire.worker.models.tensor_parallel import Split, cut, install_exchanges, split_model
 from quire.worker.step_inputs import StepInputs
 
 _log = logging.getLogger(__name__)
@@ -29,10 +33,11 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 
 class TransformersModel:
-    """A model whose attention writes to and reads from a KvCache."""
+    """A model, or one rank's share of it, whose attention writes to and reads from a KvCache."""
 
-    def __init__(self, module: Any, folder: ModelFolder) -> None:
+    def __init__(self, module: Any, folder: ModelFolder, split: Split | None = None) -> None:
         self.folder = folder
+        self._split = split
         self.family = folder.model_type
         self.vocab_size = folder.vocab_size
         self.module = module
@@ -44,6 +49,17 @@ class TransformersModel:
         AttentionInterface.register(self._attention_name, self._attend)
         AttentionMaskInterface.register(self._attention_name, _no_mask)
         self._set_attention(self._attention_name)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this share, which its cache holds."""
+        return self.folder.kv_heads_per_rank(1 if self._split is None else self._split.size)
+
+    def join(self, collective: Collective) -> None:
+        """Exchange with the other ranks from now on; every rank then makes the same calls in the same order."""
+        assert self._split is not None, "a whole model has nobody to join"
+        assert (collective.rank, collective.size) == (self._split.rank, self._split.size), "another rank's share"
+        install_exchanges(self.module, self._split, collective)
 
     def forward(self, inputs: StepInputs, kv_cache: KvCache, *, logits_index: Tensor) -> Tensor:
         """Compute a step's tokens: their keys and values go to the cache, the logits of some of them come back.
@@ -106,24 +122,35 @@ class TransformersModel:
         return attended[None], None
 
 
-def load_transformers_model(folder: ModelFolder, *, dtype: str, device: str) -> TransformersModel:
+def load_transformers_model(folder: ModelFolder, *, dtype: str, device: str, collective: Collective | None = None) -> TransformersModel:
     """Read the weights, from safetensors alone, and put paged attention in.
 
+    collective: the ranks over which the model is split; this rank reads its part of each weight. None: the model is whole.
+
     Raises:
-        ConfigError: transformers does not know the family, or the files do not hold exactly its weights.
+        ConfigError: transformers does not know the family, it cannot be split, or the files do not hold exactly its weights.
+    """
+    rank, size = (0, 1) if collective is None else (collective.rank, collective.size)
+    model = load_part(folder, dtype=dtype, device=device, rank=rank, size=size)
+    pack_linears(model.module)
+    if collective is not None:
+        model.join(collective)
+    return model
+
+
+def load_part(folder: ModelFolder, *, dtype: str, device: str, rank: int, size: int) -> TransformersModel:
+    """One rank's share of a model. With size > 1 it computes nothing right before it has joined the others.
+
+    Raises:
+        ConfigError: as for load_transformers_model.
     """
     started_s = time.perf_counter()
+    checkpoint = Checkpoint(folder)
     try:
         with _quiet():
-            module, report = AutoModelForCausalLM.from_pretrained(
-                folder.path,
-                dtype=DTYPES[dtype],
-                attn_implementation="eager",
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            module, report, split = _load_module(folder, checkpoint, dtype=dtype, rank=rank, size=size)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"model family {folder.model_type!r} cannot be loaded: {_first_line(error)}", reason="MODEL_NOT_LOADED"
@@ -139,18 +166,64 @@ def load_transformers_model(folder: ModelFolder, *, dtype: str, device: str) -> 
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     _log.info(
         "loaded %s, %.1f M parameters, as %s on %s in %.2f s",
-        folder.model_type,
+        folder.model_type if size == 1 else f"rank {rank}'s part of {folder.model_type} over {size} ranks",
         num_parameters / 1e6,
         dtype,
         device,
         time.perf_counter() - started_s,
     )
+    if split is not None and not split.splits_kv_heads:
+        _log.warning("the plan of family %r splits no keys: each rank holds all %d KV heads", folder.model_type, folder.num_kv_heads)
     try:
-        return TransformersModel(module, folder)
+        return TransformersModel(module, folder, split)
     except Exception as error:
         raise ConfigError(
             f"model family {folder.model_type!r} does not take another attention: {_first_line(error)}", reason="FAMILY_NOT_SUPPORTED"
         ) from error
+
+
+def _load_module(
+    folder: ModelFolder, checkpoint: Checkpoint, *, dtype: str, rank: int, size: int
+) -> tuple[Any, dict[str, Any], Split | None]:
+    """The module, transformers' report on its weights, and how it was split."""
+    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    cls: Any = type(whole)
+    split: Split | None = None
+    if size > 1:
+        if getattr(whole.config, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"the weights of {folder.path.name} are quantized, and parts of such are not read; use tensor_parallel_size 1",
+                reason="FAMILY_NOT_SPLIT",
+            )
+        family, num_kv_heads = folder.model_type, folder.num_kv_heads
+        split = split_model(whole, family=family, num_kv_heads=num_kv_heads, rank=rank, size=size)
+        shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+        checkpoint.cut(whole, split.parts, shapes, family=family)
+        cls = _cut_class(cls, lambda module: cut(module, split, family=family, num_heads=folder.num_heads, num_kv_heads=num_kv_heads))
+    module, report = cls.from_pretrained(
+        None,
+        config=whole.config,
+        state_dict=dict(checkpoint.tensors),
+        dtype=DTYPES[dtype],
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    return module, report, split
+
+
+def _cut_class(cls: Any, cut_module: Callable[[Any], None]) -> Any:
+    """The class, made so that its instances are cut before their weights are read: transformers checks each weight's shape.
+
+    It keeps its name and module, by which transformers finds how files of the family are read.
+    """
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **kwargs)
+        cut_module(self)
+
+    return type(cls.__name__, (cls,), {"__init__": make, "__module__": cls.__module__})
 
 
 def _check_widths(key: Tensor, value: Tensor, kv_cache: KvCache) -> None:
