@@ -28,6 +28,8 @@ _MISSPELT_RATIO: Final = 0.85
 _BATCH_LIMITS: Final = {"cpu": (32, 512), "cuda": (256, 8192)}
 # Largest KV cache on CPU when nobody says.
 _CPU_KV_CACHE_BYTES: Final = 2**30
+# Largest swap pool when nobody says. More blocks than the KV cache has would never be used at once.
+_SWAP_BYTES: Final = {"cpu": 2**28, "cuda": 2**32}
 # Of the numbers of ranks that heads can be split over, those up to here are worth naming.
 _MAX_NAMED_RANKS: Final = 64
 
@@ -56,7 +58,11 @@ class ModelConfig:
     block_size: int = _setting(16, "tokens per KV block")
     gpu_blocks: int | None = _setting(None, "KV blocks per group, exactly; instead of --kv-cache-memory")
     kv_cache_memory: int | None = _setting(None, "bytes of KV cache per rank (2Gi, 500M, ...)", is_bytes=True)
-    swap_memory: int = _setting(0, "bytes of CPU memory per rank for preempted sequences", is_bytes=True)
+    swap_memory: int | None = _setting(
+        None,
+        "bytes of CPU memory per rank for preempted sequences; 0: none; when not given, as much as the KV cache has, within limits",
+        is_bytes=True,
+    )
     preemption: str = _setting("auto", "what happens to preempted sequences", choices=("auto", "swap", "recompute"))
     max_model_len: int | None = _setting(None, "most tokens of prompt and completion together; the model's own when not given")
     max_sequences: int | None = _setting(None, "most sequences in a batch; 256 on cuda, 32 on cpu")
@@ -166,6 +172,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
             "of each; raise max_batched_tokens or lower max_sequences"
         )
     block_bytes = config.block_size * folder.kv_bytes_per_token(dtype=dtype, tensor_parallel_size=tensor_parallel_size)
+    num_gpu_blocks = _num_gpu_blocks(config, block_bytes=block_bytes, max_model_len=max_model_len, max_sequences=max_sequences)
     return ModelPlan(
         name=config.name or _default_name(config.model, folder),
         folder=folder,
@@ -174,8 +181,8 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         tensor_parallel_size=tensor_parallel_size,
         groups=config.groups,
         block_size=config.block_size,
-        num_gpu_blocks=_num_gpu_blocks(config, block_bytes=block_bytes, max_model_len=max_model_len, max_sequences=max_sequences),
-        num_cpu_blocks=_num_cpu_blocks(config, block_bytes=block_bytes),
+        num_gpu_blocks=num_gpu_blocks,
+        num_cpu_blocks=_num_cpu_blocks(config, block_bytes=block_bytes, num_gpu_blocks=num_gpu_blocks, device=device),
         preemption=config.preemption,
         max_model_len=max_model_len,
         max_sequences=max_sequences,
@@ -248,6 +255,7 @@ def config_as_dict(config: ServeConfig, plan: ModelPlan) -> dict[str, Any]:
         "device": plan.device,
         "dtype": plan.dtype,
         "gpu_blocks": plan.num_gpu_blocks,
+        "swap_memory": plan.num_cpu_blocks * plan.block_bytes,
         "kv_cache_memory": None,  # said by gpu_blocks
         "max_model_len": plan.max_model_len,
         "max_sequences": plan.max_sequences,
@@ -308,7 +316,7 @@ def _check_ranges(config: ServeConfig) -> None:
         raise ConfigError(f"block_size is {model.block_size}; it must be a power of two, such as 16")
     if model.gpu_blocks is not None and model.kv_cache_memory is not None:
         raise ConfigError(f"gpu_blocks {model.gpu_blocks} and kv_cache_memory {model.kv_cache_memory} say the same thing twice; give one")
-    if model.swap_memory < 0:
+    if model.swap_memory is not None and model.swap_memory < 0:
         raise ConfigError(f"swap_memory is {model.swap_memory}; it must be 0 or more")
     for name, seconds in (
         ("request_timeout_s", config.request_timeout_s),
@@ -352,8 +360,10 @@ def _num_threads(num_ranks: int) -> int:
     return max(1, ((os.cpu_count() or 2) - 1) // num_ranks)
 
 
-def _num_cpu_blocks(config: ModelConfig, *, block_bytes: int) -> int:
+def _num_cpu_blocks(config: ModelConfig, *, block_bytes: int, num_gpu_blocks: int, device: str) -> int:
     """Blocks of a group's swap pool; 0 means that what is preempted is recomputed."""
+    if config.swap_memory is None:
+        return 0 if config.preemption == "recompute" else min(num_gpu_blocks, _SWAP_BYTES[device] // block_bytes)
     if 0 < config.swap_memory < block_bytes:
         raise ConfigError(f"swap_memory {config.swap_memory} holds no block; one takes {block_bytes} bytes")
     if config.preemption == "swap" and config.swap_memory == 0:

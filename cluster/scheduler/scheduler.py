@@ -138,11 +138,14 @@ class Scheduler:
 
     def hello(self, gateway: bytes, message: Hello) -> None:
         """A gateway came, or came again: what it had submitted before on this link is cancelled."""
-        self.gateway_lost(gateway)
+        self._forget_gateway(gateway)
         self._open_session(gateway)
 
     def gateway_lost(self, gateway: bytes) -> None:
         """Nobody reads this gateway's answers any more: its requests end."""
+        self._forget_gateway(gateway)
+
+    def _forget_gateway(self, gateway: bytes) -> None:
         self._gateways.pop(gateway, None)
         for request in [request for request in self._by_key.values() if request.gateway == gateway]:
             self._end(request, "its gateway is gone")

@@ -38,7 +38,7 @@ def test_bytes_are_read_with_their_unit(text: Any, expected: int) -> None:
         ({"gpu_blocks": "9", "kv_cache_memory": "1Gi"}, "gpu_blocks 9 and kv_cache_memory 1073741824 say the same thing twice"),
         ({"kv_cache_memory": "1k"}, "kv_cache_memory 1000 holds no block; one takes 131072 bytes"),
         ({"swap_memory": "1k"}, "swap_memory 1000 holds no block; one takes 131072 bytes"),
-        ({"preemption": "swap"}, "preemption = swap needs memory to swap to, and swap_memory is 0"),
+        ({"preemption": "swap", "swap_memory": 0}, "preemption = swap needs memory to swap to, and swap_memory is 0"),
         ({"swap_memory": "inf"}, "--swap-memory: swap_memory is 'inf'; it takes bytes"),
         ({"swap_memory": "1e999"}, "--swap-memory: swap_memory is '1e999'; it takes bytes"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: kv_cache_memory is 'lots'; it takes bytes, such as 2Gi or 500M"),
@@ -100,8 +100,14 @@ def test_key_heads_are_shared_out_over_ranks_and_replicated_when_fewer(size: int
     assert plan.whole_on_each_rank == ""
 
 
+def test_the_swap_pool_is_as_large_as_the_kv_cache_within_limits_unless_told() -> None:
+    assert plan_model(ModelConfig(gpu_blocks=7)).num_cpu_blocks == 7
+    assert plan_model(ModelConfig(gpu_blocks=10_000)).num_cpu_blocks == 2**28 // 131072
+    assert plan_model(ModelConfig(gpu_blocks=7, preemption="recompute")).num_cpu_blocks == 0
+    assert plan_model(ModelConfig(gpu_blocks=7, swap_memory=0)).num_cpu_blocks == 0
+
+
 def test_swap_memory_is_counted_in_blocks_of_each_rank() -> None:
-    assert plan_model(ModelConfig()).num_cpu_blocks == 0
     assert plan_model(ModelConfig(swap_memory=10 * 131072 + 1, preemption="swap")).num_cpu_blocks == 10
     assert plan_model(ModelConfig(swap_memory=10 * 131072 + 1, tensor_parallel_size=2)).num_cpu_blocks == 20
 

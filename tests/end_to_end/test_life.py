@@ -131,7 +131,7 @@ def test_the_demo_runs_and_leaves_nothing(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--tensor-parallel-size", "3"], "8 query heads cannot be split over 3 ranks; use 1, 2, 4 or 8"),
-        (["--preemption", "swap"], "preemption = swap is not supported yet"),
+        (["--preemption", "swap", "--swap-memory", "0"], "preemption = swap needs memory to swap to, and swap_memory is 0"),
         (["/nowhere"], "/nowhere is not a folder"),
         (["broken"], "the tokenizer files of model broken cannot be used"),
         (["--listen", "0.0.0.0:0"], "reachable from other hosts"),
