@@ -53,7 +53,7 @@ def _print_summary(result: Replay) -> None:
     print(f"{result.num_inputs} inputs over {result.span_s:.3f} s gave the same {result.num_plans} plans again\n")
     rows = []
     for story in result.stories.values():
-        preemptions = sum("swapped out" in event.text or "preempted for" in event.text for event in story.events)
+        preemptions = sum(event.count for event in story.events if event.text.startswith(("swapped out", "preempted for")))
         waits = sum(event.text.startswith("waits") for event in story.events)
         rows.append((story.request_id, f"{story.events[0].first_s:.3f}", str(waits), str(preemptions), story.events[-1].text))
     print(format_table(("request", "arrival s", "waits", "preemptions", "end"), rows))
