@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quire.bench.table import format_table
 from quire.cluster.scheduler.replay import Replay, RequestStory, replay
-from quire.common.errors import NotFound
+from quire.common.errors import ConfigError, NotFound
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_replay(args: argparse.Namespace) -> int:
-    result = replay(args.file)
+    try:
+        with args.file.open("rb") as journal:
+            result = replay(journal)
+    except OSError as error:
+        raise ConfigError(f"{args.file} cannot be read: {error.strerror}") from None
     if args.plans:
         for at_s, group_id, plan in result.plans:
             fields = ", ".join(f"{name}={value}" for name in plan.__struct_fields__ if (value := getattr(plan, name)) not in ((), False))

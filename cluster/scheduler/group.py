@@ -69,7 +69,7 @@ class Group:
         self._last_answer_s = 0.0
         self._next_step_id = 0
         self._draft = StepDraft()
-        self._num_promised = 0  # available blocks that held rows wait for, with others that are still to come
+        self._num_promised = 0  # blocks that held rows wait for: those that copies will leave, and available ones if these are too few
         self._build(num_gpu_blocks=0, num_cpu_blocks=0, num_rows=0)
         self.meter = StepMeter(prefill_tokens_per_s=(), copy_bytes_per_s=0.0, block_bytes=0)
 
@@ -463,7 +463,8 @@ class Group:
 
     def _watermark(self) -> int:
         """Blocks that must be left when somebody joins those that run."""
-        return max(1, int(self.pool.num_blocks * WATERMARK_SHARE)) + self._num_promised
+        kept = max(0, self._num_promised - self.copies.num_leaving()) if self._num_promised else 0
+        return max(1, int(self.pool.num_blocks * WATERMARK_SHARE)) + kept
 
     def _swapped_level(self, request: Request, now_s: float) -> int:
         """The class of a swapped request, which rises by waiting like that of one in the queue."""
@@ -538,14 +539,16 @@ class Group:
                     break
             else:
                 self._give(request, sequences)
-        self._num_promised = max(0, num_promised - num_coming)
         for sequences in waiting:
             request = sequences[0].request
             if request.state is not RequestState.RUNNING:
                 continue
-            if self.ledger.num_blocks_wanted(sequences) <= pool.num_available:  # a later victim left them at once
+            num_blocks = self.ledger.num_blocks_wanted(sequences)
+            if num_blocks <= pool.num_available:  # a later victim left them at once
                 self._give(request, sequences)
-            elif request.beam:
+                continue
+            self._num_promised += num_blocks
+            if request.beam:
                 self._draft.waiting_beams.add(request.handle)
             else:
                 self._draft.held.update(sequence.row for sequence in sequences)

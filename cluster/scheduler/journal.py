@@ -1,15 +1,13 @@
-"""Everything that a scheduler is told and plans, in a file: since the scheduler is pure, the file can be lived through again.
+"""Everything that a scheduler is told and plans, as records: since the scheduler is pure, they can be lived through again.
 
-The file is a row of records, each a msgpack array behind its length in 4 bytes (little-endian): first a Header, then Inputs
-in the order in which they came. It holds the token ids of prompts and completions.
+A journal is a row of records, each a msgpack array behind its length in 4 bytes (little-endian): first a Header, then Inputs
+in the order in which they came. It holds the token ids of prompts and completions. Its file is process.py's to write.
 """
 
-import logging
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
@@ -31,14 +29,11 @@ from quire.common.messages import (
 )
 
 JOURNAL_VERSION: Final = 1
-# A journal of this size is not continued: at 256 running sequences, about a day of steps.
-MAX_JOURNAL_BYTES: Final = 4 * 2**30
 # A record longer than this is no record.
 MAX_RECORD_BYTES: Final = 2**28
+_LENGTH: Final = struct.Struct("<I")
 
-log = logging.getLogger("quire.scheduler")
-
-_Record = TypeVar("_Record")
+Write = Callable[[bytes], None]  # takes one record, with its length
 
 
 class Header(msgspec.Struct, array_like=True, frozen=True):
@@ -58,13 +53,12 @@ class Input(msgspec.Struct, array_like=True, frozen=True):
 
 
 class JournaledScheduler(Scheduler):
-    """A Scheduler that writes down all its inputs before it acts on them, and its plans."""
+    """A Scheduler that writes down each input before it acts on it, and each plan."""
 
-    def __init__(self, config: SchedulerConfig, path: Path) -> None:
+    def __init__(self, config: SchedulerConfig, write: Write) -> None:
         super().__init__(config)
-        self._file: BinaryIO | None = path.open("wb")
-        self._num_bytes = 0
-        self._write(Header(JOURNAL_VERSION, asdict(config)))
+        self._write = write
+        self._put(Header(JOURNAL_VERSION, asdict(config)))
 
     def hello(self, gateway: bytes, message: Hello) -> None:
         self._record("hello", 0.0, gateway, message)
@@ -125,57 +119,41 @@ class JournaledScheduler(Scheduler):
         super().tick(now_s)
 
     def _record(self, kind: str, now_s: float, who: bytes = b"", message: msgspec.Struct | None = None) -> None:
-        if self._file is not None:
-            self._write(Input(kind, now_s, who, b"" if message is None else encode(message)))
+        self._put(Input(kind, now_s, who, b"" if message is None else encode(message)))
 
-    def _write(self, record: Header | Input) -> None:
-        assert self._file is not None
+    def _put(self, record: Header | Input) -> None:
         frame = encode(record)
-        try:
-            self._file.write(struct.pack("<I", len(frame)) + frame)
-            if isinstance(record, Header) or record.kind == "tick":
-                self._file.flush()  # at most a turn is lost when the process is killed
-        except OSError as error:
-            log.error("the journal ends here: %s", error)
-            self._file = None
-            return
-        self._num_bytes += 4 + len(frame)
-        if self._num_bytes > MAX_JOURNAL_BYTES:
-            log.warning("the journal ends here: it has %d bytes, as many as one may have", self._num_bytes)
-            self._file.close()
-            self._file = None
+        self._write(_LENGTH.pack(len(frame)) + frame)
 
 
-def read_journal(path: Path) -> Iterator[Header | Input]:
+def read_journal(file: BinaryIO) -> Iterator[Header | Input]:
     """The records of a journal; a last one that was not written whole is left out.
 
     Raises:
-        ConfigError: the file cannot be read, or is no journal of this version.
+        ConfigError: it is no journal, or not one of this version.
     """
     decode_header = msgspec.msgpack.Decoder(Header).decode
     decode_input = msgspec.msgpack.Decoder(Input).decode
     try:
-        with path.open("rb") as file:
-            header = _read(file, decode_header)
-            if header is None or header.version != JOURNAL_VERSION:
-                found = "no journal" if header is None else f"a journal of version {header.version}"
-                raise ConfigError(f"{path} is {found}; this version of Quire reads version {JOURNAL_VERSION}")
-            yield header
-            while (record := _read(file, decode_input)) is not None:
-                yield record
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        frame = _read_frame(file)
+        header = None if frame is None else decode_header(frame)
+        if header is None or header.version != JOURNAL_VERSION:
+            found = "no journal" if header is None else f"a journal of version {header.version}"
+            raise ConfigError(f"the file is {found}; this version of Quire reads version {JOURNAL_VERSION}")
+        yield header
+        while (frame := _read_frame(file)) is not None:
+            yield decode_input(frame)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise ConfigError(f"{path} is no journal of a scheduler, or a broken one: {error}") from None
+        raise ConfigError(f"the file is no journal of a scheduler, or a broken one: {error}") from None
 
 
-def _read(file: BinaryIO, decode: Callable[[bytes], _Record]) -> _Record | None:
-    """The next record; None at the end."""
-    prefix = file.read(4)
-    if len(prefix) < 4:
+def _read_frame(file: BinaryIO) -> bytes | None:
+    """The next record's bytes; None at the end."""
+    prefix = file.read(_LENGTH.size)
+    if len(prefix) < _LENGTH.size:
         return None
-    (size,) = struct.unpack("<I", prefix)
+    (size,) = _LENGTH.unpack(prefix)
     if size > MAX_RECORD_BYTES:
         raise ValueError(f"a record of {size} bytes")
     frame = file.read(size)
-    return decode(frame) if len(frame) == size else None
+    return frame if len(frame) == size else None

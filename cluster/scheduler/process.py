@@ -50,6 +50,9 @@ MAX_ERRORS_IN_A_ROW: Final = 10
 
 CONTROLLER_IDENTITY: Final = b"controller"
 
+# A journal of this size is not continued: with 256 running sequences, hours of steps.
+MAX_JOURNAL_BYTES: Final = 2**32
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessConfig:
@@ -214,13 +217,35 @@ def _router(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Soc
     return socket
 
 
+class _JournalFile:
+    """Where a journal goes, up to a bound."""
+
+    def __init__(self, path: Path) -> None:
+        # Unbuffered: of a process that is killed, the last thing that it was told is the one to know.
+        self._file = path.open("wb", buffering=0)
+        self._num_bytes_left = MAX_JOURNAL_BYTES
+
+    def write(self, record: bytes) -> None:
+        if self._num_bytes_left <= 0:
+            return
+        try:
+            self._file.write(record)
+        except OSError as error:
+            log.error("the journal ends here: %s", error)
+            self._num_bytes_left = 0
+            return
+        self._num_bytes_left -= len(record)
+        if self._num_bytes_left <= 0:
+            log.warning("the journal ends here: it has %d bytes, as many as one may have", MAX_JOURNAL_BYTES)
+
+
 def main(spec: dict[str, Any]) -> int:
     """Run until SIGTERM."""
     config = ProcessConfig(**spec["process"])
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s scheduler: %(message)s", stream=sys.stderr)
     scheduler_config = SchedulerConfig(**spec["scheduler"])
     journal = spec.get("journal")
-    scheduler = JournaledScheduler(scheduler_config, Path(journal)) if journal else Scheduler(scheduler_config)
+    scheduler = JournaledScheduler(scheduler_config, _JournalFile(Path(journal)).write) if journal else Scheduler(scheduler_config)
     process = SchedulerProcess(config, scheduler)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: process.stop())

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -46,21 +45,21 @@ class Replay:
     plans: list[tuple[float, str, StepPlan]] = field(default_factory=list)  # (when, group, plan)
 
 
-def replay(path: Path) -> Replay:
+def replay(journal: BinaryIO) -> Replay:
     """Give a new scheduler all the inputs of a journal, and compare its plans with the ones that were made.
 
     Raises:
-        ConfigError: the file is no journal.
+        ConfigError: it is no journal, or was written with settings that are not known here.
         InternalError: a plan differs: the journal was written by another version of Quire, or planning depends on something
             that is no input, which would be a bug.
     """
-    records = read_journal(path)
+    records = read_journal(journal)
     header = next(records)
     assert isinstance(header, Header)
     try:
         scheduler = Scheduler(SchedulerConfig(**header.config))
     except TypeError as error:
-        raise ConfigError(f"{path} was written with settings that this version does not know: {error}") from None
+        raise ConfigError(f"the journal was written with settings that this version does not know: {error}") from None
     result = Replay()
     clock = _Clock()
     scheduler.listen(lambda handle, text: _tell(result, scheduler, clock.now_s - clock.start_s, handle, text))

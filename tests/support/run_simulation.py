@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SEEDS_FOR_COVERAGE = 200
 EXPECTED = {
     "hits": 1000,
-    "hits behind decoded tokens": 20,
+    "hits behind decoded tokens": 150,
     "passed over": 500,
     "choices by prefix": 500,
     "choices by blocks": 500,
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int, nargs="?")
     parser.add_argument("--turns", type=int, default=1000)
+    parser.add_argument("--seen", action="store_true", help="print how often what was seen")
     parser.add_argument("--mutation", type=int, help="number of the one of scheduler_mutations.py to break the scheduler with")
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
@@ -78,6 +79,8 @@ def main() -> int:
         num_turns += simulation.turn
         num_plans += simulation.num_plans
     spent_s = time.process_time() - started_s
+    if args.seen:
+        print(dict(seen))
     print(f"{last - args.first + 1} seeds, {num_turns} turns, {num_plans} plans in {spent_s:.1f} s; longest wait {longest_wait} plans")
     if last - args.first + 1 >= SEEDS_FOR_COVERAGE:
         missing = {name: seen[name] for name, least in EXPECTED.items() if seen[name] < least}

@@ -121,7 +121,7 @@ MUTATIONS = (
     Mutation(
         "S3: admission leaves blocks to grow",
         "group",
-        (("return max(1, int(self.pool.num_blocks * WATERMARK_SHARE)) + self._num_promised", "return self._num_promised"),),
+        (("return max(1, int(self.pool.num_blocks * WATERMARK_SHARE)) + kept", "return kept"),),
     ),
     Mutation(
         "S3: the watermark is void when nothing runs", "group", (("        if not self.running:\n            return num_blocks, 0\n", ""),)
@@ -166,7 +166,7 @@ MUTATIONS = (
     Mutation(
         "S5: blocks that held rows wait for are not given to newcomers",
         "group",
-        (("        self._num_promised = max(0, num_promised - num_coming)\n", ""),),
+        (("            self._num_promised += num_blocks\n", ""),),
     ),
     # -- S6
     Mutation("S6: the cheaper kind of preemption is chosen", "group", (("return swap_s <= recompute_s,", "return swap_s > recompute_s,"),)),

@@ -134,8 +134,7 @@ class WatchedScheduler(Scheduler):
             )
             if sent.num_decoding or num_chunk_tokens:
                 assert by_share or self._lacks_blocks(group, rows), "S1: a row is held though there are blocks for it"
-            leaving = Counter(c.gpu_block for c in group.copies.under_way() if c.is_out)
-            num_coming = sum(group.pool.ref_count(block) == count for block, count in leaving.items())
+            num_coming = _num_coming(group)
             num_waiting = _wanted(group, [s for s in rows if s.num_planned >= s.write_limit])
             can_yield = [r for r in group.running.values() if r.state is RequestState.RUNNING and r.needs_steps]
             enough = num_waiting <= num_coming + _num_unheld(group)
@@ -182,6 +181,9 @@ class WatchedScheduler(Scheduler):
             headroom = max(1, group.pool.num_blocks // 100) + (len(group.running) if request.is_preempted else 0)
         num_new = self._new_blocks(group, request)
         assert num_new + headroom <= _num_unheld(group), "S3, S7: admission leaves nothing to grow"
+        held = [s for row, s in group.batch.decoding.items() if row in group._draft.held and s.num_planned >= s.write_limit]
+        promised = _wanted(group, held) - _num_coming(group)
+        assert num_new + max(0, promised) <= _num_unheld(group), "S5: a newcomer takes blocks that held rows wait for"
         self._watch_choice(group, [g for g in groups if g.group_id not in closed], request, now_s)
         self.seen["hits"] += group.prefix_hits(request)
         self.seen["passed over"] += bool(passed)
@@ -325,6 +327,12 @@ def _wanted(group: Group, sequences: list[Any]) -> int:
             holders[sequence.block_table[place]] -= 1
             count += 1
     return count
+
+
+def _num_coming(group: Group) -> int:
+    """Blocks that nobody holds but copies out of them."""
+    leaving = Counter(copy.gpu_block for copy in group.copies.under_way() if copy.is_out)
+    return sum(group.pool.ref_count(block) == count for block, count in leaving.items())
 
 
 def _num_unheld(group: Group) -> int:

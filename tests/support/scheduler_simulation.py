@@ -312,9 +312,10 @@ class Simulation:
         rng = self.rng
         clients = list(self.by_handle.values())
         young = [client for client in clients if client.submit.n > 1 and client.submit.beam is None and not any(client.received)]
-        client = rng.choice(young if young and rng.random() < 0.3 else clients)
+        is_young = bool(young) and rng.random() < 0.5
+        client = rng.choice(young if is_young else clients)
         submit = client.submit
-        action = rng.random()
+        action = 0.6 if is_young else rng.random()  # one sequence less, before any has a token
         open_sequences = [i for i in range(len(client.expected)) if i not in client.ended and i not in client.cancelled]
         if action < 0.5 or client.submit.beam:
             client.end = "cancelled"
