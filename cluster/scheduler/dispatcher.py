@@ -76,19 +76,9 @@ class Dispatcher:
     @staticmethod
     def _with_longest_prefix(request: Request, groups: list[Group]) -> list[Group]:
         """Those of the groups that remember some of the request and are not overloaded, longest prefix first, else in their order."""
-        hashes = request.submit.block_hashes
-        if not hashes:
-            return []
-        if request.sequences[0].num_completion_tokens == 0:
-            # Who knows a prompt's last usable block nearly always knows all of it: then nobody needs to count.
-            usable = (len(request.submit.prompt_ids) - 1) // groups[0].config.block_size
-            knowing = (group for group in groups if usable and group.pool.knows(hashes[usable - 1]) and not group.is_overloaded)
-            for group in knowing:
-                if group.has_room(request) and group.prefix_hits(request) == usable:
-                    return [group]
-        counted = [(group.prefix_hits(request), group) for group in groups if group.pool.knows(hashes[0]) and not group.is_overloaded]
+        counted = [(num_hits, group) for group in groups if (num_hits := group.prefix_hits(request)) and not group.is_overloaded]
         counted.sort(key=lambda item: -item[0])
-        return [group for num_hits, group in counted if num_hits]
+        return [group for _, group in counted]
 
     @staticmethod
     def _belongs_to(request: Request, group: Group) -> bool:

@@ -148,9 +148,8 @@ class Group:
         return not self.batch.free_rows or backlog > OVERLOADED_STEPS * self.config.max_batched_tokens
 
     def prefix_hits(self, request: Request) -> int:
-        """Leading blocks of its first sequence that the group holds or remembers."""
-        hashes = request.submit.block_hashes
-        return len(self.ledger.find(request.sequences[0])) if hashes and self.pool.knows(hashes[0]) else 0
+        """About how many leading blocks of its first sequence the group holds or remembers."""
+        return self.ledger.num_cached(request.sequences[0])
 
     def has_room(self, request: Request) -> bool:
         """Whether a waiting request can join the next step."""

@@ -24,10 +24,17 @@ class Ledger:
     def find(self, sequence: Sequence) -> list[int]:
         """Blocks with the sequence's first tokens. The last token is always computed: the next one is drawn from its logits.
         A request for log probabilities of its prompt computes all of it."""
+        return self.pool.find(self._usable_hashes(sequence))
+
+    def num_cached(self, sequence: Sequence) -> int:
+        """About how many blocks `find` would find."""
+        return self.pool.num_known(self._usable_hashes(sequence))
+
+    def _usable_hashes(self, sequence: Sequence) -> list[bytes]:
         if sequence.sampling.num_prompt_logprobs is not None:
             return []
         self._extend_hashes(sequence, len(sequence.token_ids) // self.block_size)
-        return self.pool.find(sequence.block_hashes[: (len(sequence.token_ids) - 1) // self.block_size])
+        return sequence.block_hashes[: (len(sequence.token_ids) - 1) // self.block_size]
 
     def publish_planned(self, sequence: Sequence) -> None:
         """Blocks of known tokens can be found as soon as they are planned: a later plan that reads them is computed later.
