@@ -68,6 +68,7 @@ class Group:
         self._ageing_s = ageing_s
         self._last_answer_s = 0.0
         self._next_step_id = 0
+        self._num_acknowledged: dict[int, int] = {}  # steps, by rank
         self._draft = StepDraft()
         self._num_promised = 0  # blocks that held rows wait for: those that copies will leave, and available ones if these are too few
         self._build(num_gpu_blocks=0, num_cpu_blocks=0, num_rows=0)
@@ -354,9 +355,18 @@ class Group:
                 self._look(sequence, token_id, applied)
         return applied
 
+    def ack_objection(self, ack: StepAck) -> str:
+        """Why an acknowledgement cannot be taken in, "" if it can: each rank acknowledges each step, in order; else what it said
+        of copies is lost, and their blocks with it."""
+        due = self._num_acknowledged.get(ack.rank, 0)
+        if ack.rank not in self.hellos or ack.step_id != due or due >= self._next_step_id:
+            return f"rank {ack.rank} acknowledged step {ack.step_id} out of turn; expected: {due if due < self._next_step_id else 'none'}"
+        return self.copies.objection(ack.rank, (*ack.copies_done, *ack.copies_failed))
+
     def acknowledged(self, ack: StepAck, now_s: float) -> list[Request]:
-        """Take in the copies that a rank has ended, to which there is no objection; the requests whose swap failed, which must
-        be queued again."""
+        """Take in that a rank has done a step, to which there is no objection; the requests whose swap failed, which must be
+        queued again."""
+        self._num_acknowledged[ack.rank] = ack.step_id + 1
         failed = []
         for copy in self.copies.ended(ack.rank, done=ack.copies_done, failed=ack.copies_failed):
             request = copy.request

@@ -327,13 +327,14 @@ class Scheduler:
             return
         if ack.error:
             self._lose(group, f"rank {ack.rank} failed at step {ack.step_id}: {ack.error}", now_s)
-        elif ack.copies_done or ack.copies_failed:
-            objection = group.copies.objection(ack.rank, (*ack.copies_done, *ack.copies_failed))
-            if objection:
-                self._lose(group, objection, now_s)
-                return
-            for request in group.acknowledged(ack, now_s):
-                self._enqueue(request, now_s)
+            return
+        objection = group.ack_objection(ack)
+        if objection:
+            self._lose(group, objection, now_s)
+            return
+        for request in group.acknowledged(ack, now_s):
+            self._enqueue(request, now_s)
+        if ack.copies_done or ack.copies_failed:
             self._dispatcher.is_due = True
 
     # -- time ---------------------------------------------------------------------------------------------------------

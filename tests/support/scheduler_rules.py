@@ -21,8 +21,9 @@ PREFILL_SHARE = 1 / 8
 class WatchedScheduler(Scheduler):
     """Raises AssertionError, naming the rule, at the decision that breaks it. `seen` counts what happened, for coverage."""
 
-    def __init__(self, config: SchedulerConfig, clock: Callable[[], float]) -> None:
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float], *, most_plans_waited: int) -> None:
         super().__init__(config)
+        self._most_plans_waited = most_plans_waited
         self._clock = clock
         self.seen: Counter[str] = Counter()
         # How often a waiting request was passed over by others of its class or a lower one, by handle.
@@ -31,6 +32,7 @@ class WatchedScheduler(Scheduler):
         self.num_working_plans = 0
         self._waiting_since: dict[int, int] = {}
         self.longest_wait = 0
+        self._has_preempted = False  # in the step that is planned
         self._prefilling_before: dict[str, set[int]] = {}  # sequences in prefill after the last plan, by group
 
     @property
@@ -46,6 +48,7 @@ class WatchedScheduler(Scheduler):
             _watch(group, "_swap_in", self._before_swap_in, self._after_swap_in)
 
     def next_plan(self, group_id: str, now_s: float) -> StepPlan | None:
+        self._has_preempted = False
         plan = super().next_plan(group_id, now_s)
         group = self.groups.get(group_id)
         if group is None:
@@ -124,15 +127,16 @@ class WatchedScheduler(Scheduler):
         assert not (
             longs and left_out_short and sum(c.count for c in longs) > max(1, (config.max_batched_tokens - sent.num_decoding) // 2)
         ), "S1: a long prompt takes what short ones need"
+        had_prompts = num_prefill > 0 or bool(self._prefilling_before.get(group.group_id))  # they may have been preempted meanwhile
         self._prefilling_before[group.group_id] = {id(s) for s in group.batch.prefilling}
         held = group.batch.held - group.batch.beam_rows
         if held:
             self.seen["held rows"] += 1
             rows = [s for row, s in group.batch.decoding.items() if row in held]
-            by_share = sent.num_decoding + beams >= math.floor(config.max_batched_tokens * 7 / 8) and (
-                num_prefill > 0 or group.batch.prefilling
-            )
+            by_share = sent.num_decoding + beams >= math.floor(config.max_batched_tokens * (1 - PREFILL_SHARE)) and had_prompts
             if sent.num_decoding or num_chunk_tokens:
+                # Who was held for the prompts' share stays held when a victim makes room behind that.
+                by_share |= self._has_preempted
                 assert by_share or self._lacks_blocks(group, rows), "S1: a row is held though there are blocks for it"
             num_coming = _num_coming(group)
             num_waiting = _wanted(group, [s for s in rows if s.num_planned >= s.write_limit])
@@ -187,7 +191,7 @@ class WatchedScheduler(Scheduler):
         self._watch_choice(group, [g for g in groups if g.group_id not in closed], request, now_s)
         self.seen["hits"] += group.prefix_hits(request)
         self.seen["passed over"] += bool(passed)
-        self.longest_wait = max(self.longest_wait, self.num_working_plans - self._waiting_since.pop(request.handle, self.num_working_plans))
+        self._end_wait(request)
         self._passes.pop(request.handle, None)
 
     def _order(self, request: Request) -> tuple[Any, ...]:
@@ -265,6 +269,7 @@ class WatchedScheduler(Scheduler):
         self._level_before = victim.level
 
     def _after_preempt(self, group: Group, recompute: bool, victim: Request, *_: Any) -> None:
+        self._has_preempted = True
         assert recompute != self._swap_expected, "S6: the dearer kind of preemption was chosen"
         if group.config.preemption == "auto" and self._fits and group.meter.recompute_s(1) is not None:
             self.seen[f"{'recompute' if recompute else 'swap'} was cheaper"] += 1
@@ -297,7 +302,12 @@ class WatchedScheduler(Scheduler):
         self.seen["swaps in"] += 1
         if self._was_running:
             assert group.pool.num_available >= max(1, group.pool.num_blocks // 100) + self._was_running, "S7: nothing to grow after a swap"
-        self.longest_wait = max(self.longest_wait, self.num_working_plans - self._waiting_since.pop(request.handle))
+        self._end_wait(request)
+
+    def _end_wait(self, request: Request) -> None:
+        num_plans = self.num_working_plans - self._waiting_since.pop(request.handle, self.num_working_plans)
+        self.longest_wait = max(self.longest_wait, num_plans)
+        assert num_plans <= self._most_plans_waited, f"a request waits while {num_plans} plans serve others"
 
 
 def _watch(group: Group, name: str, before: Callable[..., None], after: Callable[..., None] | None = None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from beam_reference import reference_beam_search
 from fake_ranks import BEAM_VOCAB_SIZE, VOCAB_SIZE, FakeRank, expected_completion, hello, logprob_of
 from fake_ranks import encode_tokens as encode
-from scheduler_rules import WatchedScheduler
+from scheduler_rules import MAX_SKIPS, WatchedScheduler
 
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.errors import StatusCode
@@ -97,6 +97,13 @@ class World:
     failing_copies: float
     measured_speed: bool
 
+    @property
+    def most_plans_waited(self) -> int:
+        """Plans with work in them that may pass while a request waits, at any of its turns: as if all that can be before it, those
+        that run, those that wait, and those that may be let past, went one by one, each a token at a time, in every group."""
+        num_before = self.max_waiting + self.max_rows + MAX_SKIPS
+        return self.num_groups * num_before * (self.max_prompt + self.max_tokens)
+
     @staticmethod
     def draw(rng: random.Random) -> "World":
         block_size = rng.choice((1, 2, 4, 4))
@@ -172,7 +179,7 @@ class Simulation:
             heartbeat_s=0.2,
             unserved_timeout_s=3.0,
         )
-        self.scheduler = WatchedScheduler(self.config, lambda: self.now_s)
+        self.scheduler = WatchedScheduler(self.config, lambda: self.now_s, most_plans_waited=world.most_plans_waited)
         self.clients: dict[str, Client] = {}
         self.by_handle: dict[int, Client] = {}
         self.groups: dict[str, Group] = {}
@@ -509,7 +516,7 @@ class Simulation:
             assert not self.lost_by_stale, "a message of a term that is over loses the group"
         elif kind < 0.8:  # a rank says that it fails
             self.scheduler.ack(group.group_id, StepAck(group.term, 0, 0, error="out of memory"), self.now_s)
-        elif kind < 0.9:  # a result is lost on the way
+        elif kind < 0.9:  # a result, or an acknowledgement, is lost on the way
             if group.answers[0]:
                 group.answers[0].popleft()
         elif self.num_draining == 0:

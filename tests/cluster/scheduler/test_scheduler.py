@@ -362,9 +362,10 @@ def test_a_row_without_finite_logits_fails_alone_and_its_blocks_are_found_by_nob
     story.submit("bad", list(range(9)), max_tokens=3)
     story.submit("good", [7, 8], max_tokens=3)
     story.send()
-    result, _ = story.groups["g0"].rank.execute(story.plans.pop(0))
+    result, ack = story.groups["g0"].rank.execute(story.plans.pop(0))
     broken = msgspec.structs.replace(result, counts=(0, 1), token_ids=result.token_ids[1:], row_errors=((0, RowErrorCode.NOT_FINITE),))
     story.scheduler.apply("g0", broken, story.now_s)
+    story.scheduler.ack("g0", ack, story.now_s)
     story.deliver()
     story.run()
     end = story.ends["bad"]
