@@ -22,6 +22,9 @@ class PrefillTile:
     num_keys: int
     num_warps: int
     num_stages: int
+    # Whether the copy engine reads keys and values, where blocks hold whole tiles: fewer instructions, but a second loop for
+    # the tiles that need a mask.
+    uses_copy_engine: bool = False
 
 
 def decode_tile(*, head_dim: int, num_bytes: int) -> DecodeTile:
@@ -30,15 +33,14 @@ def decode_tile(*, head_dim: int, num_bytes: int) -> DecodeTile:
         return DecodeTile(num_keys=16, num_warps=4, num_stages=2, pieces_per_multiprocessor=4, min_piece_tokens=128)
     if head_dim > 128:
         return DecodeTile(num_keys=32, num_warps=4, num_stages=3, pieces_per_multiprocessor=4, min_piece_tokens=128)
-    return DecodeTile(num_keys=32, num_warps=2, num_stages=3, pieces_per_multiprocessor=4, min_piece_tokens=128)
+    return DecodeTile(num_keys=64, num_warps=4, num_stages=2, pieces_per_multiprocessor=4, min_piece_tokens=128)
 
 
 def prefill_tile(*, head_dim: int, num_bytes: int, block_size: int) -> PrefillTile:
     """The tile for heads of `head_dim` numbers of `num_bytes` each, in blocks of `block_size` tokens."""
     if num_bytes == 4:
         return PrefillTile(num_rows=32, num_keys=16, num_warps=4, num_stages=2)
+    has_whole_tiles = block_size % 64 == 0
     if head_dim > 128:
-        return PrefillTile(num_rows=128, num_keys=32, num_warps=8, num_stages=2)
-    if block_size % 64 == 0:  # the copy engine reads whole tiles
-        return PrefillTile(num_rows=64, num_keys=64, num_warps=4, num_stages=2)
-    return PrefillTile(num_rows=128, num_keys=64, num_warps=8, num_stages=3)
+        return PrefillTile(num_rows=128, num_keys=64, num_warps=8, num_stages=2, uses_copy_engine=has_whole_tiles)
+    return PrefillTile(num_rows=128, num_keys=64, num_warps=8, num_stages=3, uses_copy_engine=has_whole_tiles and head_dim != 128)

@@ -33,7 +33,7 @@ class DecodePlan:
     first_pieces: Tensor  # [num_rows + 1] int32: row i has pieces first_pieces[i] to first_pieces[i + 1] - 1, at least one
     partial_outputs: Tensor  # [num_rows + num_slots, num_heads, head_dim] float32, a softmax's numerators
     partial_stats: Tensor  # [num_rows + num_slots, num_heads, 2] float32: their largest score (base 2), their denominator
-    arrivals: Tensor  # [num_rows, num_kv_heads] int32: pieces that are done; zero between launches
+    split_rows: Tensor  # [min(num_rows, num_slots)] int32: the rows that have several pieces, then -1
 
 
 def allocate_decode_plan(
@@ -59,12 +59,12 @@ def allocate_decode_plan(
         first_pieces=torch.zeros(num_rows + 1, dtype=torch.int32, device=device),
         partial_outputs=torch.empty((num_pieces, num_heads, head_dim), dtype=torch.float32, device=device),
         partial_stats=torch.empty((num_pieces, num_heads, 2), dtype=torch.float32, device=device),
-        arrivals=torch.zeros((num_rows, num_kv_heads), dtype=torch.int32, device=device),
+        split_rows=torch.full((min(num_rows, num_slots),), -1, dtype=torch.int32, device=device),
     )
 
 
 def plan_decode(plan: DecodePlan, lengths: Tensor, rows: Tensor) -> None:
-    """Fill `pieces` and `first_pieces` for this step.
+    """Fill in this step's `pieces`, `first_pieces` and `split_rows`.
 
     lengths: [max_rows] int32 or int64, of the device-resident batch; tokens in each sequence, the one that decodes included
     rows:    [num_rows] int32 or int64; which batch row each query belongs to, -1 for none (padding)
@@ -78,10 +78,12 @@ def plan_decode(plan: DecodePlan, lengths: Tensor, rows: Tensor) -> None:
     _plan_decode_kernel[(triton.cdiv(num_pieces, _PIECES_PER_PROGRAM),)](
         plan.pieces,
         plan.first_pieces,
+        plan.split_rows,
         lengths,
         rows,
         num_rows,
         num_pieces,
+        plan.split_rows.shape[0],
         plan.num_slots,
         plan.sliding_window or 0,
         ROWS=triton.next_power_of_2(num_rows),
@@ -96,10 +98,12 @@ def plan_decode(plan: DecodePlan, lengths: Tensor, rows: Tensor) -> None:
 def _plan_decode_kernel(
     pieces: tl.tensor,  # [num_pieces, 4]
     first_pieces: tl.tensor,  # [num_rows + 1]
+    split_rows: tl.tensor,  # [num_split_rows]
     lengths: tl.tensor,  # [max_rows]
     rows: tl.tensor,  # [num_rows]
     num_rows: int,
     num_pieces: int,
+    num_split_rows: int,
     num_slots: int,
     sliding_window: int,  # 0: none
     ROWS: tl.constexpr,
@@ -138,6 +142,11 @@ def _plan_decode_kernel(
     if tl.program_id(0) == 0:
         tl.store(first_pieces + index + 1, end, mask=index < num_rows)
         tl.store(first_pieces, 0)
+        # A row of several pieces holds more than 1 / num_slots of all tokens, so there are fewer than num_slots of them.
+        is_split = (count > 1).to(tl.int32)
+        num_split = tl.sum(is_split, 0)
+        tl.store(split_rows + tl.cumsum(is_split, 0) - 1, index, mask=is_split == 1)
+        tl.store(split_rows + index, -1, mask=(index >= num_split) & (index < num_split_rows))
 
 
 def plan_decode_reference(plan: DecodePlan, lengths: Tensor, rows: Tensor) -> None:
@@ -156,3 +165,6 @@ def plan_decode_reference(plan: DecodePlan, lengths: Tensor, rows: Tensor) -> No
     plan.pieces[:, 0] = -1
     plan.pieces[: len(pieces)] = torch.tensor(pieces, dtype=torch.int32)
     plan.first_pieces.copy_(torch.tensor(first_pieces, dtype=torch.int32))
+    split_rows = (plan.first_pieces.diff() > 1).nonzero()[:, 0]
+    plan.split_rows.fill_(-1)
+    plan.split_rows[: len(split_rows)] = split_rows.int()

@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over the paged cache: split over the keys, combined in the same launch."""
+"""Attention of one new token per sequence over the paged cache: split over the keys, then combined."""
 
 import math
 from typing import Final
@@ -12,8 +12,8 @@ from quire.kernels.backend import runs_triton
 from quire.kernels.decode_plan import DecodePlan
 
 _LOG2_E: Final = tl.constexpr(math.log2(math.e))
-# float32 numbers that each warp of a combining program holds at once: 64 registers of each thread.
-_COMBINED_NUMBERS: Final = 2048
+# float32 numbers that a combining program of four warps holds at once: 64 registers of each thread.
+_COMBINED_NUMBERS: Final = 8192
 
 
 def paged_decode(
@@ -76,7 +76,6 @@ def paged_decode(
         plan.first_pieces,
         plan.partial_outputs,
         plan.partial_stats,
-        plan.arrivals,
         sinks,
         scale,
         softcap or 0.0,
@@ -88,13 +87,24 @@ def paged_decode(
         PADDED_DIM=padded_dim,
         GROUP=group,
         DOT_ROWS=max(16, triton.next_power_of_2(group)),
-        PADDED_GROUP=triton.next_power_of_2(group),
         BLOCK_SIZE=block_size,
         TILE=tile.num_keys,
-        SPLITS=max(1, _COMBINED_NUMBERS * tile.num_warps // (triton.next_power_of_2(group) * padded_dim)),
         HAS_SOFTCAP=softcap is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+    )
+    _combine_kernel[(num_heads, plan.split_rows.shape[0])](
+        output,
+        plan.partial_outputs,
+        plan.partial_stats,
+        plan.split_rows,
+        plan.first_pieces,
+        sinks,
+        *output.stride()[:2],
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim,
+        PIECES=_COMBINED_NUMBERS // padded_dim,
+        num_warps=4,
     )
     return output
 
@@ -109,7 +119,6 @@ def _paged_decode_kernel(
     first_pieces: tl.tensor,  # [num_rows + 1]
     partial_outputs: tl.tensor,  # [num_pieces, num_heads, HEAD_DIM]
     partial_stats: tl.tensor,  # [num_pieces, num_heads, 2]
-    arrivals: tl.tensor,  # [num_rows, num_kv_heads]
     sinks: tl.tensor,  # None, or [num_heads]
     scale: float,
     softcap: float,
@@ -125,10 +134,8 @@ def _paged_decode_kernel(
     PADDED_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     DOT_ROWS: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ) -> None:
     kv_head = tl.program_id(0).to(tl.int64)
@@ -196,77 +203,54 @@ def _paged_decode_kernel(
     tl.store(partial_outputs + partial[:, None] * HEAD_DIM + dim[None, :], numerator, mask=is_query)
     tl.store(partial_stats + partial * 2, largest, mask=in_group < GROUP)
     tl.store(partial_stats + partial * 2 + 1, denominator, mask=in_group < GROUP)
-    # All threads have stored before the one that counts releases; the last to arrive acquires what the others stored.
-    tl.debug_barrier()
-    arrival = arrivals + row * tl.num_programs(0) + kv_head
-    if tl.atomic_add(arrival, 1, sem="acq_rel") == num_pieces - 1:
-        tl.store(arrival, 0)
-        _combine(
-            output + row * output_row_stride + kv_head * GROUP * output_head_stride,
-            partial_outputs + (first_piece.to(tl.int64) * num_heads + kv_head * GROUP) * HEAD_DIM,
-            partial_stats + (first_piece.to(tl.int64) * num_heads + kv_head * GROUP) * 2,
-            None if sinks is None else sinks + kv_head * GROUP,
-            num_pieces,
-            num_heads,
-            output_head_stride,
-            HEAD_DIM,
-            PADDED_DIM,
-            GROUP,
-            PADDED_GROUP,
-            SPLITS,
-        )
 
 
 @triton.jit
-def _combine(
-    output: tl.tensor,  # [GROUP, HEAD_DIM]
-    partial_outputs: tl.tensor,  # [num_pieces, num_heads, HEAD_DIM], from the first head of the group on
-    partial_stats: tl.tensor,  # [num_pieces, num_heads, 2], likewise
-    sinks: tl.tensor,  # None, or [GROUP]
-    num_pieces: int,
-    num_heads: int,
+def _combine_kernel(
+    output: tl.tensor,  # [num_rows, num_heads, HEAD_DIM]
+    partial_outputs: tl.tensor,  # [num_pieces, num_heads, HEAD_DIM]
+    partial_stats: tl.tensor,  # [num_pieces, num_heads, 2]
+    split_rows: tl.tensor,  # [num_split_rows]
+    first_pieces: tl.tensor,  # [num_rows + 1]
+    sinks: tl.tensor,  # None, or [num_heads]
+    output_row_stride: int,
     output_head_stride: int,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PIECES: tl.constexpr,
 ) -> None:
-    """One softmax from the pieces' ones, for the heads of one group."""
-    head = tl.arange(0, PADDED_GROUP)
+    """One softmax from those of a row's pieces, for one head."""
+    head = tl.program_id(0).to(tl.int64)
+    row = tl.load(split_rows + tl.program_id(1)).to(tl.int64)
+    if row < 0:
+        return
+    num_heads = tl.num_programs(0)
+    begin = tl.load(first_pieces + row)
+    end = tl.load(first_pieces + row + 1)
     dim = tl.arange(0, PADDED_DIM)
-    is_head = head < GROUP
-    is_number = is_head[:, None] & (dim[None, :] < HEAD_DIM)
-    largest = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-    denominator = tl.zeros([PADDED_GROUP], tl.float32)
-    numerator = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+    is_dim = dim < HEAD_DIM
+    largest = tl.full([], float("-inf"), tl.float32)
+    denominator = tl.full([], 0.0, tl.float32)
+    numerator = tl.zeros([PADDED_DIM], tl.float32)
     if sinks is not None:
-        largest = tl.load(sinks + head, mask=is_head, other=0.0).to(tl.float32) * _LOG2_E
-        denominator = tl.full([PADDED_GROUP], 1.0, tl.float32)
-    for first in range(0, num_pieces, SPLITS):
-        piece = first + tl.arange(0, SPLITS)
-        is_piece = piece < num_pieces
-        place = piece[:, None] * num_heads + head[None, :]
-        is_stat = is_piece[:, None] & is_head[None, :]
-        # Past the first-level cache (.cg): another launch's results may still lie there.
-        piece_largest = tl.load(partial_stats + place * 2, mask=is_stat, other=float("-inf"), cache_modifier=".cg")
-        piece_denominator = tl.load(partial_stats + place * 2 + 1, mask=is_stat, other=0.0, cache_modifier=".cg")
+        largest = tl.load(sinks + head).to(tl.float32) * _LOG2_E
+        denominator = tl.full([], 1.0, tl.float32)
+    for first in range(begin, end, PIECES):
+        piece = first + tl.arange(0, PIECES)
+        is_piece = piece < end
+        place = piece.to(tl.int64) * num_heads + head
+        piece_largest = tl.load(partial_stats + place * 2, mask=is_piece, other=float("-inf"))
+        piece_denominator = tl.load(partial_stats + place * 2 + 1, mask=is_piece, other=0.0)
+        is_number = is_piece[:, None] & is_dim[None, :]
+        piece_numerator = tl.load(partial_outputs + place[:, None] * HEAD_DIM + dim[None, :], mask=is_number, other=0.0)
         new_largest = tl.maximum(largest, tl.max(piece_largest, 0))
-        # Heads of padding have no largest score; 0 in its place keeps -inf - -inf out.
-        base = tl.where(is_head, new_largest, 0.0)
-        decay = tl.exp2(largest - base)
-        weight = tl.exp2(piece_largest - base[None, :])
-        piece_numerator = tl.load(
-            partial_outputs + place[:, :, None] * HEAD_DIM + dim[None, None, :],
-            mask=is_piece[:, None, None] & is_number[None, :, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
+        decay = tl.exp2(largest - new_largest)
+        weight = tl.exp2(piece_largest - new_largest)
         denominator = denominator * decay + tl.sum(piece_denominator * weight, 0)
-        numerator = numerator * decay[:, None] + tl.sum(piece_numerator * weight[:, :, None], 0)
+        numerator = numerator * decay + tl.sum(piece_numerator * weight[:, None], 0)
         largest = new_largest
-    result = numerator / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
-    tl.store(output + head[:, None] * output_head_stride + dim[None, :], result.to(output.dtype.element_ty), mask=is_number)
+    target = output + row * output_row_stride + head * output_head_stride + dim
+    tl.store(target, (numerator / denominator).to(output.dtype.element_ty), mask=is_dim)
 
 
 @triton.jit

@@ -96,7 +96,7 @@ def paged_prefill(
         output,
         query,
         kv_cache,
-        _descriptor(kv_cache, tile.num_keys),
+        _descriptor(kv_cache, tile.num_keys) if tile.uses_copy_engine else None,
         block_tables,
         pieces,
         sinks,
@@ -193,16 +193,18 @@ def _paged_prefill_kernel(
     if HAS_WINDOW:
         first_key = tl.maximum(first_position - sliding_window + 1, 0) // TILE * TILE
         first_masked = first_key
-    else:
+    elif kv_descriptor is not None:
+        # The copy engine takes whole boxes: it cannot leave out what lies behind the end, so masked tiles go by pointers.
         largest, denominator, numerator = _attend(
             largest, denominator, numerator, queries, position, kv_descriptor, kv_head, keys, values, table,
-            first_key, first_masked, end, scale, softcap, sliding_window, block_stride,
-            HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, HAS_SOFTCAP, HAS_WINDOW, False,
+            first_key, first_masked, first_masked, end, scale, softcap, sliding_window, block_stride,
+            HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, HAS_SOFTCAP, HAS_WINDOW,
         )  # fmt: skip
+        first_key = first_masked
     largest, denominator, numerator = _attend(
-        largest, denominator, numerator, queries, position, kv_descriptor, kv_head, keys, values, table,
-        first_masked, end, end, scale, softcap, sliding_window, block_stride,
-        HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, HAS_SOFTCAP, HAS_WINDOW, True,
+        largest, denominator, numerator, queries, position, None, kv_head, keys, values, table,
+        first_key, first_masked, end, end, scale, softcap, sliding_window, block_stride,
+        HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, HAS_SOFTCAP, HAS_WINDOW,
     )  # fmt: skip
     result = numerator / denominator[:, None]
     output_offset = (first_query + token) * output_token_stride + head * output_head_stride
@@ -222,6 +224,7 @@ def _attend(
     values: tl.tensor,
     table: tl.tensor,  # [width]
     begin: int,
+    first_masked: int,
     stop: int,
     end: int,
     scale: float,
@@ -234,16 +237,12 @@ def _attend(
     TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    IS_MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Take the keys [begin, stop) into the softmax, tile by tile."""
-    # The copy engine takes whole boxes: it cannot leave out what lies behind the end, so masked tiles go by pointers.
-    USES_DESCRIPTOR: tl.constexpr = kv_descriptor is not None and not IS_MASKED
-    IS_PARTIAL: tl.constexpr = IS_MASKED or HEAD_DIM != PADDED_DIM
+    """Take the keys [begin, stop) into the softmax, tile by tile; those before `first_masked` are seen by every query."""
     unit = _LOG2_E if HAS_SOFTCAP else scale * _LOG2_E
     dim = tl.arange(0, PADDED_DIM)
     # Block ids are read a turn ahead: a load whose address is itself loaded in the same turn is pipelined half as deep.
-    if USES_DESCRIPTOR:
+    if kv_descriptor is not None:
         next_block = tl.load(table + begin // BLOCK_SIZE, mask=begin < stop, other=0).to(tl.int32)
     else:
         token = begin + tl.arange(0, TILE)
@@ -251,21 +250,19 @@ def _attend(
     for first in range(begin, stop, TILE):
         block = next_block
         token = first + tl.arange(0, TILE)
-        if USES_DESCRIPTOR:
+        if kv_descriptor is not None:
             next_block = tl.load(table + (first + TILE) // BLOCK_SIZE, mask=first + TILE < stop, other=0).to(tl.int32)
             key = kv_descriptor.load([block, 0, kv_head.to(tl.int32), first % BLOCK_SIZE, 0]).reshape(TILE, PADDED_DIM)
         else:
             next_block = tl.load(table + (token + TILE) // BLOCK_SIZE, mask=token + TILE < end, other=0)
             offset = (block.to(tl.int64) * block_stride + (token % BLOCK_SIZE) * HEAD_DIM)[:, None] + dim[None, :]
-            if IS_PARTIAL:
-                is_loaded = (token < end)[:, None] & (dim[None, :] < HEAD_DIM)
-                key = tl.load(keys + offset, mask=is_loaded, other=0.0)
-            else:
-                key = tl.load(keys + offset)
+            is_loaded = (token < end)[:, None] & (dim[None, :] < HEAD_DIM)
+            key = tl.load(keys + offset, mask=is_loaded, other=0.0)
         scores = tl.dot(queries, tl.trans(key), input_precision="ieee")
         if HAS_SOFTCAP:
             scores = cap(scores * scale, softcap)
-        if IS_MASKED:
+        # One loop with a branch in it: a second loop for the masked tiles would fill the pipeline a second time.
+        if kv_descriptor is None and first >= first_masked:
             is_seen = token[None, :] <= position[:, None]
             if HAS_WINDOW:
                 is_seen = is_seen & (token[None, :] > position[:, None] - sliding_window)
@@ -277,12 +274,10 @@ def _attend(
         decay = tl.exp2(largest - base)
         weights = tl.exp2(scores * unit - base[:, None])  # one multiply-add
         denominator = denominator * decay + tl.sum(weights, 1)
-        if USES_DESCRIPTOR:
+        if kv_descriptor is not None:
             value = kv_descriptor.load([block, 1, kv_head.to(tl.int32), first % BLOCK_SIZE, 0]).reshape(TILE, PADDED_DIM)
-        elif IS_PARTIAL:
-            value = tl.load(values + offset, mask=is_loaded, other=0.0)
         else:
-            value = tl.load(values + offset)
+            value = tl.load(values + offset, mask=is_loaded, other=0.0)
         numerator = tl.dot(weights.to(value.dtype), value, numerator * decay[:, None], input_precision="ieee")
         largest = new_largest
     return largest, denominator, numerator

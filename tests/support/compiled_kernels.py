@@ -36,12 +36,14 @@ class CompiledKernel:
 
     name: str
     num_registers: int  # of one thread
-    stack_bytes: int
-    local_bytes: int  # spilled registers, or arrays indexed at run time
+    stack_bytes: int  # spilled registers, or arrays indexed at run time
     shared_bytes: int
     instructions: dict[str, int]  # how often each mnemonic occurs
     ptx: str
-    ttgir: str
+
+    def count(self, *mnemonics: str) -> int:
+        """How many instructions are one of these."""
+        return sum(self.instructions.get(mnemonic, 0) for mnemonic in mnemonics)
 
 
 @contextmanager
@@ -88,13 +90,13 @@ def _compile(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Co
 def _read(name: str, binary: Any) -> CompiledKernel:
     cubin = Path(binary.metadata_group[next(key for key in binary.metadata_group if key.endswith(".cubin"))])
     usage = _output("cuobjdump", "-res-usage", str(cubin))
-    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert numbers is not None, usage
-    registers, stack, _, local = map(int, numbers.groups())
+    registers, stack = map(int, numbers.groups())
     listing = _output("nvdisasm", "-c", str(cubin))
     mnemonics = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing, re.MULTILINE)
     instructions = {mnemonic: mnemonics.count(mnemonic) for mnemonic in set(mnemonics)}
-    return CompiledKernel(name, registers, stack, local, binary.metadata.shared, instructions, binary.asm["ptx"], binary.asm["ttgir"])
+    return CompiledKernel(name, registers, stack, binary.metadata.shared, instructions, binary.asm["ptx"])
 
 
 def _output(tool: str, *arguments: str) -> str:
