@@ -32,7 +32,7 @@ def decode_tile(*, head_dim: int, num_bytes: int) -> DecodeTile:
     if num_bytes == 4:  # only tests run in float32
         return DecodeTile(num_keys=16, num_warps=4, num_stages=2, pieces_per_multiprocessor=4, min_piece_tokens=128)
     if head_dim > 128:
-        return DecodeTile(num_keys=32, num_warps=4, num_stages=3, pieces_per_multiprocessor=4, min_piece_tokens=128)
+        return DecodeTile(num_keys=32, num_warps=2, num_stages=2, pieces_per_multiprocessor=4, min_piece_tokens=128)
     return DecodeTile(num_keys=64, num_warps=4, num_stages=2, pieces_per_multiprocessor=4, min_piece_tokens=128)
 
 

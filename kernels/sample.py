@@ -15,7 +15,8 @@ from quire.kernels.philox import philox, philox_reference, words_of
 _ROW_COUNTERS: Final = 16
 # Tokens of one turn of the loops, and the fewest that are worth a program of their own.
 _DRAW_TILE: Final = 1024
-_JUDGE_TILE: Final = 8192  # one program reads a whole row: what is in flight is what makes it fast
+_JUDGE_TILE: Final = 4096
+_JUDGE_STAGES: Final = tl.constexpr(6)  # one program reads a whole row: what is in flight is what makes it fast
 _MIN_TOKENS_PER_PROGRAM: Final = 8192
 # How many thresholds one reading of a row counts for, and how many readings halve distances before they halve bit patterns.
 _NUM_PIVOTS: Final = 4
@@ -306,7 +307,7 @@ def _judge_kernel(
             counters = tl.zeros([TILE], tl.int32)
             total = tl.zeros([TILE], tl.float32)
             up_to_chosen = tl.zeros([TILE], tl.float32)
-            for first in range(0, vocab_size, TILE):
+            for first in tl.range(0, vocab_size, TILE, num_stages=_JUDGE_STAGES):
                 token = first + tl.arange(0, TILE)
                 logit = _logits(row_logits, token, vocab_size)
                 is_larger = logit > chosen
@@ -326,7 +327,7 @@ def _judge_kernel(
                     is_floor_known = most > 0
                 best = tl.full([TILE], float("-inf"), tl.float32)
                 best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
-                for first in range(0, vocab_size, TILE):
+                for first in tl.range(0, vocab_size, TILE, num_stages=_JUDGE_STAGES):
                     token = first + tl.arange(0, TILE)
                     logit = _logits(row_logits, token, vocab_size)
                     is_open = (logit > chosen) | ((logit == chosen) & (token > token_id))
@@ -364,7 +365,7 @@ def _kth_largest(
     while (high - low > 1) & (num_at_low != k):
         is_by_value = num_readings < NUM_VALUE_READINGS
         counters = tl.zeros([TILE], tl.int32)  # a byte for each pivot: no lane sees 256 tokens of a row
-        for first in range(0, vocab_size, TILE):
+        for first in tl.range(0, vocab_size, TILE, num_stages=_JUDGE_STAGES):
             key = _key(_logits(logits, first + tl.arange(0, TILE), vocab_size))
             for index in tl.static_range(NUM_PIVOTS):
                 is_above = key >= _pivot(low, high, index, is_by_value, NUM_PIVOTS)
