@@ -92,6 +92,7 @@ def paged_decode(
         HAS_SOFTCAP=softcap is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        enable_fp_fusion=True,  # said, because Triton's default will change
     )
     _combine_kernel[(num_heads, plan.split_rows.shape[0])](
         output,
@@ -323,5 +324,5 @@ def attention_reference(
     if sinks is not None:
         column = sinks.float().view(num_kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, column), dim=-1)
-    weights = scores.softmax(dim=-1)[..., :end]
-    return (weights @ values[:, None]).permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
+    weights: Tensor = scores.softmax(dim=-1)[..., :end]
+    return torch.matmul(weights, values[:, None]).permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)

@@ -117,6 +117,7 @@ def paged_prefill(
         HAS_WINDOW=sliding_window is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        enable_fp_fusion=True,  # said, because Triton's default will change
     )
     return output
 
@@ -219,7 +220,7 @@ def _attend(
     queries: tl.tensor,  # [ROWS, PADDED_DIM]
     position: tl.tensor,  # [ROWS]
     kv_descriptor: tl.tensor_descriptor,  # None: keys and values are read by pointers
-    kv_head: int,
+    kv_head: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
     table: tl.tensor,  # [width]

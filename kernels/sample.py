@@ -16,7 +16,6 @@ _ROW_COUNTERS: Final = 16
 # Tokens of one turn of the loops, and the fewest that are worth a program of their own.
 _DRAW_TILE: Final = 1024
 _JUDGE_TILE: Final = 4096
-_JUDGE_STAGES: Final = tl.constexpr(6)  # one program reads a whole row: what is in flight is what makes it fast
 _MIN_TOKENS_PER_PROGRAM: Final = 8192
 # How many thresholds one reading of a row counts for, and how many readings halve distances before they halve bit patterns.
 _NUM_PIVOTS: Final = 4
@@ -148,8 +147,8 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
 
     What the filters keep is closed upwards: if a token is refused, so is every less likely one. So the draw goes on among the
     tokens above it, and the first winner that is kept is the winner among the kept. Each judgement reads the row once; a
-    nucleus of 0.9 takes the first winner nine times in ten. The threshold of top-k is searched for when the first winner is
-    refused, or when top-p needs the probabilities under top-k.
+    nucleus of 0.9 takes the first winner nine times in ten. The threshold of top-k is searched for only where top-p needs the
+    probabilities under it.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, logits.stride()
@@ -197,7 +196,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
         TILE=_JUDGE_TILE,
         NUM_PIVOTS=_NUM_PIVOTS,
         NUM_VALUE_READINGS=_NUM_VALUE_READINGS,
-        num_warps=8,
+        num_warps=16,  # of one program a row: bound by its instructions, it wants all schedulers busy
     )
     return token_ids
 
@@ -295,10 +294,8 @@ def _judge_kernel(
         least = tl.maximum(least, 0.0)
         # Keys below the floor are known to be refused. At first nothing is.
         floor = tl.full([], -0x80000000, tl.int32)
-        is_floor_known = most <= 0
         if (most > 0) & (mass < 1.0):
             floor = _kth_largest(row_logits, vocab_size, most, smallest, largest, TILE, NUM_PIVOTS, NUM_VALUE_READINGS)
-            is_floor_known = most > 0
         is_kept = False
         while not is_kept:
             chosen = _logits(row_logits, token_id, vocab_size)
@@ -307,7 +304,7 @@ def _judge_kernel(
             counters = tl.zeros([TILE], tl.int32)
             total = tl.zeros([TILE], tl.float32)
             up_to_chosen = tl.zeros([TILE], tl.float32)
-            for first in tl.range(0, vocab_size, TILE, num_stages=_JUDGE_STAGES):
+            for first in range(0, vocab_size, TILE):
                 token = first + tl.arange(0, TILE)
                 logit = _logits(row_logits, token, vocab_size)
                 is_larger = logit > chosen
@@ -322,12 +319,9 @@ def _judge_kernel(
             is_in_min_p = tl.exp((chosen - largest) / heat) >= least
             is_kept = is_last | (is_in_top_k & is_in_top_p & is_in_min_p)
             if not is_kept:
-                if not is_floor_known:
-                    floor = _kth_largest(row_logits, vocab_size, most, smallest, largest, TILE, NUM_PIVOTS, NUM_VALUE_READINGS)
-                    is_floor_known = most > 0
                 best = tl.full([TILE], float("-inf"), tl.float32)
                 best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
-                for first in tl.range(0, vocab_size, TILE, num_stages=_JUDGE_STAGES):
+                for first in range(0, vocab_size, TILE):
                     token = first + tl.arange(0, TILE)
                     logit = _logits(row_logits, token, vocab_size)
                     is_open = (logit > chosen) | ((logit == chosen) & (token > token_id))
@@ -365,7 +359,7 @@ def _kth_largest(
     while (high - low > 1) & (num_at_low != k):
         is_by_value = num_readings < NUM_VALUE_READINGS
         counters = tl.zeros([TILE], tl.int32)  # a byte for each pivot: no lane sees 256 tokens of a row
-        for first in tl.range(0, vocab_size, TILE, num_stages=_JUDGE_STAGES):
+        for first in range(0, vocab_size, TILE):
             key = _key(_logits(logits, first + tl.arange(0, TILE), vocab_size))
             for index in tl.static_range(NUM_PIVOTS):
                 is_above = key >= _pivot(low, high, index, is_by_value, NUM_PIVOTS)

@@ -6,6 +6,7 @@ LDGSTS and UTMALDG are the copies that run ahead of the computation.
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def small_launches() -> dict[str, Callable[[], object]]:
     qkv = zeros(4, 48, 128)
     query, key, value = qkv.split([32, 8, 8], dim=1)
     layer = zeros(4, 2, 2, 8, 16, 128)[:, 1]
-    norms = {"query_norm": zeros(128), "key_norm": zeros(128)}
+    norms: dict[str, Any] = {"query_norm": zeros(128), "key_norm": zeros(128)}
     step = allocate_step_tokens(256, CPU)
     plan = allocate_decode_plan(num_rows=256, num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=CPU)
     floats, doubles = zeros(4, dtype=torch.float32), zeros(4, dtype=torch.float64)

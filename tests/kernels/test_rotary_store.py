@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from paged_cases import kernel_device
@@ -21,7 +23,7 @@ def stored(
     positions = torch.randint(0, 50, (num_tokens,), generator=generator).to(device)
     table = rotary_table(1e4 ** -(torch.arange(rotary_dim // 2, device=device) * 2 / rotary_dim), max_positions=50)
     norms = torch.randn(2, head_dim, generator=generator).to(device) if has_norm else (None, None)
-    options = {"query_norm": norms[0], "key_norm": norms[1], "eps": 1e-5}
+    options: dict[str, Any] = {"query_norm": norms[0], "key_norm": norms[1], "eps": 1e-5}
     expected, expected_pool = torch.empty_like(query, dtype=torch.float32), pool.float()
     rotary_store_reference(
         query.float(), key.float(), value.float(), expected_pool[:, 1], slots, positions, table, output=expected, **options

@@ -142,10 +142,9 @@ class SmallOps:
         floor_s = num_bytes / self._read_bytes_per_s
         row = {"op": name, "size": size, "error": error, "ok": error < bound, "us": seconds * 1e6, "floor_us": floor_s * 1e6}
         self.rows.append(row)
-        print(
-            f"{'ok   ' if row['ok'] else 'WRONG'} {name:32s} {size:5d} {row['us']:8.1f} us, floor {row['floor_us']:7.1f}, error {error:.1e}",
-            flush=True,
-        )
+        verdict = "ok   " if row["ok"] else "WRONG"
+        times = f"{row['us']:7.1f} us, floor {row['floor_us']:6.1f}"
+        print(f"{verdict} {name:32s} {size:5d} {times}, error {error:.1e}", flush=True)
 
 
 SAMPLERS: dict[str, dict[str, float]] = {
