@@ -1,13 +1,18 @@
 """Which of an operation's two ways runs: its Triton kernel or plain torch."""
 
+from typing import Final
+
 import torch
 import triton
 from torch import Tensor
 
+# Read once, as Triton reads it once for each kernel, when the kernel is defined.
+IS_INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
+
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether operations on this tensor go to their Triton kernels: on a GPU, and everywhere under TRITON_INTERPRET=1."""
-    return tensor.is_cuda or bool(triton.knobs.runtime.interpret)
+    return tensor.is_cuda or IS_INTERPRETED
 
 
 def num_multiprocessors(device: torch.device) -> int:

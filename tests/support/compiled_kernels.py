@@ -16,6 +16,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quire.kernels import backend
+
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -54,7 +56,7 @@ def compiling_for_sm90() -> Iterator[list[CompiledKernel]]:
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         compiled.append(_compile(kernel, args, keywords))
 
-    with patch.object(JITFunction, "run", run), patch.object(triton.knobs.runtime, "interpret", True):
+    with patch.object(JITFunction, "run", run), patch.object(backend, "IS_INTERPRETED", True):
         yield compiled
 
 
