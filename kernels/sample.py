@@ -4,12 +4,22 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from quire.kernels.backend import num_multiprocessors, runs_triton
 from quire.kernels.philox import philox, philox_reference, words_of
 
 # Noise rows start at multiples of 64 floats, so that vectorised log sees a row at the same alignment in every batch.
 _ROW_COUNTERS: Final = 16
+# Tokens of one turn of the loops, and the fewest that are worth a program of their own.
+_DRAW_TILE: Final = 1024
+_JUDGE_TILE: Final = 4096
+_MIN_TOKENS_PER_PROGRAM: Final = 8192
+# How many thresholds one reading of a row counts for, and how many readings halve distances before they halve bit patterns.
+_NUM_PIVOTS: Final = 4
+_NUM_VALUE_READINGS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +36,28 @@ class SamplingInputs:
     position: Tensor  # int64; the place in the sequence that the drawn token takes
 
 
-def sample(logits: Tensor, inputs: SamplingInputs, *, purpose: int) -> Tensor:
+def sample(logits: Tensor, inputs: SamplingInputs, *, purpose: int, broken: Tensor | None = None) -> Tensor:
     """One token id per row.
 
     logits:  [num_rows, vocab_size] float32; -inf marks forbidden tokens
     purpose: DrawPurpose; target and draft draws of one position differ
+    broken:  [num_rows] bool, filled with what `broken_rows` says, without another reading of the logits
     result:  [num_rows] int64
 
     The filters mean what transformers' warpers of the same names mean, in the same order. A row's token depends on that row
-    alone. Rows that `broken_rows` names get any id.
+    alone. Rows that `broken_rows` names get any id. The GPU draws with the same integers and takes the same token, but where
+    two scores are closer than float32 rounding.
     """
+    # Typical sampling has no kernel yet: one such row sends all to the reference. Asking costs a wait for the device.
+    if runs_triton(logits) and not bool((inputs.typical_p < 1).any()):
+        return _sample_without_sorting(logits, inputs, purpose=purpose, broken=broken)
+    if broken is not None:
+        broken.copy_(broken_rows(logits))
+    return sample_reference(logits, inputs, purpose=purpose)
+
+
+def sample_reference(logits: Tensor, inputs: SamplingInputs, *, purpose: int) -> Tensor:
+    """The same, with a sort, by the filters one after the other."""
     token_ids = logits.argmax(dim=-1)
     random_rows = inputs.temperature.nonzero()[:, 0]  # greedy rows need no noise
     if random_rows.numel() == 0:
@@ -143,3 +165,284 @@ def gumbel_noise_reference(token_id: int, *, seed: int, position: int, sequence_
     words = philox_reference((token_id >> 2, position, sequence_index, purpose), (seed & 0xFFFFFFFF, seed >> 32))
     uniform = torch.tensor((words[token_id & 3] >> 9) + 0.5, dtype=torch.float32) * 2.0**-23
     return -(-uniform.log()).log()
+
+
+def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: int, broken: Tensor | None) -> Tensor:
+    """Gumbel-max over all tokens first; the filters then only judge the winner, and the next best one if they refuse it.
+
+    What the filters keep is closed upwards: if a token is refused, so is every less likely one. So the draw goes on among the
+    tokens above it, and the first winner that is kept is the winner among the kept. Each judgement reads the row once; a
+    nucleus of 0.9 takes the first winner nine times in ten. The threshold of top-k is searched for only where top-p needs the
+    probabilities under it.
+    """
+    num_rows, vocab_size = logits.shape
+    assert logits.stride(1) == 1, logits.stride()
+    assert vocab_size < 255 * _JUDGE_TILE, vocab_size
+    wanted = max(1, 4 * num_multiprocessors(logits.device) // max(1, num_rows))
+    num_programs = triton.next_power_of_2(min(wanted, triton.cdiv(vocab_size, _MIN_TOKENS_PER_PROGRAM)))
+    program_tokens = triton.cdiv(triton.cdiv(vocab_size, num_programs), _DRAW_TILE) * _DRAW_TILE
+    best_scores = torch.empty((3, num_rows, num_programs), dtype=torch.float32, device=logits.device)
+    best_ids = torch.empty((num_rows, num_programs), dtype=torch.int32, device=logits.device)
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    _draw_kernel[(num_programs, num_rows)](
+        best_scores,
+        best_ids,
+        logits,
+        inputs.temperature,
+        inputs.seed,
+        inputs.sequence_index,
+        inputs.position,
+        num_rows,
+        vocab_size,
+        logits.stride(0),
+        program_tokens,
+        purpose,
+        TILE=_DRAW_TILE,
+        num_warps=4,
+    )
+    _judge_kernel[(num_rows,)](
+        token_ids,
+        broken,
+        best_scores,
+        best_ids,
+        logits,
+        inputs.temperature,
+        inputs.top_k,
+        inputs.top_p,
+        inputs.min_p,
+        inputs.seed,
+        inputs.sequence_index,
+        inputs.position,
+        num_rows,
+        vocab_size,
+        logits.stride(0),
+        purpose,
+        PROGRAMS=num_programs,
+        TILE=_JUDGE_TILE,
+        NUM_PIVOTS=_NUM_PIVOTS,
+        NUM_VALUE_READINGS=_NUM_VALUE_READINGS,
+        num_warps=16,  # of one program a row: bound by its instructions, it wants all schedulers busy
+    )
+    return token_ids
+
+
+@triton.jit
+def _draw_kernel(
+    best_scores: tl.tensor,  # [3, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf
+    best_ids: tl.tensor,  # [num_rows, num_programs]
+    logits: tl.tensor,  # [num_rows, vocab_size]
+    temperature: tl.tensor,  # [num_rows]
+    seed: tl.tensor,  # [num_rows]
+    sequence_index: tl.tensor,  # [num_rows]
+    position: tl.tensor,  # [num_rows]
+    num_rows: int,
+    vocab_size: int,
+    logits_stride: int,
+    program_tokens: int,
+    purpose: int,
+    TILE: tl.constexpr,
+) -> None:
+    """The best token of a part of each row, unfiltered."""
+    row = tl.program_id(1).to(tl.int64)
+    heat = tl.load(temperature + row)
+    row_seed = tl.load(seed + row)
+    row_position = tl.load(position + row)
+    row_index = tl.load(sequence_index + row)
+    begin = tl.program_id(0) * program_tokens
+    end = tl.minimum(begin + program_tokens, vocab_size)
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
+    largest = tl.full([TILE], float("-inf"), tl.float32)
+    smallest = tl.full([TILE], float("inf"), tl.float32)
+    for first in range(begin, end, TILE):
+        token = first + tl.arange(0, TILE)
+        logit = tl.load(logits + row * logits_stride + token, mask=token < end, other=float("-inf")).to(tl.float32)
+        largest = tl.maximum(largest, tl.where(logit == logit, logit, float("inf")))
+        logit = tl.where(logit == logit, logit, float("-inf"))
+        smallest = tl.minimum(smallest, tl.where(logit == float("-inf"), float("inf"), logit))
+        score = logit
+        if heat > 0.0:
+            score = logit + heat * _noise(first, row_seed, row_position, row_index, purpose, TILE)
+        is_better = score > best
+        best = tl.where(is_better, score, best)
+        best_id = tl.where(is_better, token, best_id)
+    place = row * tl.num_programs(0) + tl.program_id(0)
+    score = tl.max(best, 0)
+    tl.store(best_scores + place, score)
+    tl.store(best_ids + place, tl.min(tl.where(best == score, best_id, 0x7FFFFFFF), 0))
+    tl.store(best_scores + num_rows * tl.num_programs(0) + place, tl.max(largest, 0))
+    tl.store(best_scores + 2 * num_rows * tl.num_programs(0) + place, tl.min(smallest, 0))
+
+
+@triton.jit
+def _judge_kernel(
+    token_ids: tl.tensor,  # [num_rows]
+    broken: tl.tensor,  # None, or [num_rows]
+    best_scores: tl.tensor,  # [3, num_rows, PROGRAMS]
+    best_ids: tl.tensor,  # [num_rows, PROGRAMS]
+    logits: tl.tensor,  # [num_rows, vocab_size]
+    temperature: tl.tensor,  # [num_rows]
+    top_k: tl.tensor,  # [num_rows]
+    top_p: tl.tensor,  # [num_rows] float64
+    min_p: tl.tensor,  # [num_rows]
+    seed: tl.tensor,  # [num_rows]
+    sequence_index: tl.tensor,  # [num_rows]
+    position: tl.tensor,  # [num_rows]
+    num_rows: int,
+    vocab_size: int,
+    logits_stride: int,
+    purpose: int,
+    PROGRAMS: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_PIVOTS: tl.constexpr,
+    NUM_VALUE_READINGS: tl.constexpr,
+) -> None:
+    """The best token of each row that the row's filters keep."""
+    row = tl.program_id(0).to(tl.int64)
+    place = row * PROGRAMS + tl.arange(0, PROGRAMS)
+    scores = tl.load(best_scores + place)
+    score = tl.max(scores, 0)
+    token_id = tl.min(tl.where(scores == score, tl.load(best_ids + place), 0x7FFFFFFF), 0)
+    token_id = tl.where(token_id == 0x7FFFFFFF, 0, token_id)  # nothing but -inf: any id will do
+    heat = tl.load(temperature + row)
+    most = tl.load(top_k + row)
+    mass = tl.load(top_p + row)
+    least = tl.load(min_p + row)
+    largest = tl.max(tl.load(best_scores + num_rows * PROGRAMS + place), 0)
+    is_broken = (largest == float("inf")) | (largest == float("-inf"))
+    if broken is not None:
+        tl.store(broken + row, is_broken)
+    if (not is_broken) & (heat > 0.0) & ((most > 0) | (mass < 1.0) | (least > 0.0)):
+        row_logits = logits + row * logits_stride
+        smallest = tl.min(tl.load(best_scores + 2 * num_rows * PROGRAMS + place), 0)
+        tail = (1.0 - mass).to(tl.float32)
+        least = tl.maximum(least, 0.0)
+        # Keys below the floor are known to be refused. At first nothing is.
+        floor = tl.full([], -0x80000000, tl.int32)
+        if (most > 0) & (mass < 1.0):
+            floor = _kth_largest(row_logits, vocab_size, most, smallest, largest, TILE, NUM_PIVOTS, NUM_VALUE_READINGS)
+        is_kept = False
+        while not is_kept:
+            chosen = _logits(row_logits, token_id, vocab_size)
+            # Two counters in each number, so that a tile stays in registers: larger logits in the upper half, and in the
+            # lower one all tokens after the chosen one in ascending, stable order.
+            counters = tl.zeros([TILE], tl.int32)
+            total = tl.zeros([TILE], tl.float32)
+            up_to_chosen = tl.zeros([TILE], tl.float32)
+            for first in range(0, vocab_size, TILE):
+                token = first + tl.arange(0, TILE)
+                logit = _logits(row_logits, token, vocab_size)
+                is_larger = logit > chosen
+                is_above = is_larger | ((logit == chosen) & (token > token_id) & (token < vocab_size))
+                weight = tl.where(_key(logit) >= floor, tl.exp((logit - largest) / heat), 0.0)
+                counters += is_larger.to(tl.int32) * 65536 + is_above.to(tl.int32)
+                total += weight
+                up_to_chosen += tl.where(is_above, 0.0, weight)
+            is_last = tl.max(counters, 0) == 0
+            is_in_top_k = (most <= 0) | (tl.sum(counters // 65536, 0) < most)
+            is_in_top_p = (mass >= 1.0) | (tl.sum(up_to_chosen, 0) > tail * tl.sum(total, 0))
+            is_in_min_p = tl.exp((chosen - largest) / heat) >= least
+            is_kept = is_last | (is_in_top_k & is_in_top_p & is_in_min_p)
+            if not is_kept:
+                best = tl.full([TILE], float("-inf"), tl.float32)
+                best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
+                for first in range(0, vocab_size, TILE):
+                    token = first + tl.arange(0, TILE)
+                    logit = _logits(row_logits, token, vocab_size)
+                    is_open = (logit > chosen) | ((logit == chosen) & (token > token_id))
+                    is_open = is_open & (_key(logit) >= floor) & (tl.exp((logit - largest) / heat) >= least)
+                    if tl.max(is_open.to(tl.int32), 0) > 0:  # noise is what costs, and few tokens are still open
+                        noise = _noise(first, tl.load(seed + row), tl.load(position + row), tl.load(sequence_index + row), purpose, TILE)
+                        noisy = tl.where(is_open, logit + heat * noise, float("-inf"))
+                        is_better = noisy > best
+                        best = tl.where(is_better, noisy, best)
+                        best_id = tl.where(is_better, token, best_id)
+                token_id = tl.min(tl.where(best == tl.max(best, 0), best_id, 0x7FFFFFFF), 0)
+    tl.store(token_ids + row, token_id.to(tl.int64))
+
+
+@triton.jit
+def _kth_largest(
+    logits: tl.tensor,  # [vocab_size]
+    vocab_size: int,
+    k: int,
+    smallest: float,
+    largest: float,
+    TILE: tl.constexpr,
+    NUM_PIVOTS: tl.constexpr,
+    NUM_VALUE_READINGS: tl.constexpr,
+) -> tl.tensor:
+    """A key with exactly k keys at or above it, or, where that splits equal logits, the k-th largest key.
+
+    Each reading of the row counts for NUM_PIVOTS keys and leaves a fifth of an interval: of logits first, which soon separates
+    what is spread as logits are; then of keys, which ends after 14 readings whatever the logits are.
+    """
+    low = _key(smallest).to(tl.int64)  # at least k keys are >= low, if there are so many finite ones
+    high = _key(largest).to(tl.int64) + 1  # fewer than k keys are >= high
+    num_at_low = tl.full([], 0x7FFFFFFF, tl.int32)
+    num_readings = 0
+    while (high - low > 1) & (num_at_low != k):
+        is_by_value = num_readings < NUM_VALUE_READINGS
+        counters = tl.zeros([TILE], tl.int32)  # a byte for each pivot: no lane sees 256 tokens of a row
+        for first in range(0, vocab_size, TILE):
+            key = _key(_logits(logits, first + tl.arange(0, TILE), vocab_size))
+            for index in tl.static_range(NUM_PIVOTS):
+                is_above = key >= _pivot(low, high, index, is_by_value, NUM_PIVOTS)
+                counters += is_above.to(tl.int32) << (8 * index)
+        old_low, old_high = low, high
+        for index in tl.static_range(NUM_PIVOTS):
+            count = tl.sum((counters >> (8 * index)) & 0xFF, 0)
+            pivot = _pivot(old_low, old_high, index, is_by_value, NUM_PIVOTS).to(tl.int64)
+            num_at_low = tl.where((count >= k) & (pivot >= low), count, num_at_low)
+            low = tl.where(count >= k, tl.maximum(pivot, low), low)
+            high = tl.where(count < k, tl.minimum(pivot, high), high)
+        num_readings += 1
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _pivot(low: tl.tensor, high: tl.tensor, index: tl.constexpr, is_by_value: tl.tensor, NUM_PIVOTS: tl.constexpr) -> tl.tensor:
+    """One of the keys that divide [low, high), evenly by logits or by keys."""
+    bottom, top = _value(low.to(tl.int32)), _value((high - 1).to(tl.int32))
+    by_value = _key(bottom + (top - bottom) * ((index + 1) / (NUM_PIVOTS + 1)))
+    by_key = (low + (high - low) * (index + 1) // (NUM_PIVOTS + 1)).to(tl.int32)
+    return tl.where(is_by_value, by_value, by_key)
+
+
+@triton.jit
+def _logits(logits: tl.tensor, token: tl.tensor, end: int) -> tl.tensor:
+    """Logits in float32; NaN, and what is behind the end, is -inf."""
+    logit = tl.load(logits + token, mask=token < end, other=float("-inf")).to(tl.float32)
+    return tl.where(logit == logit, logit, float("-inf"))
+
+
+@triton.jit
+def _key(logit: tl.tensor) -> tl.tensor:
+    """An int32 that orders as the float32 does."""
+    bits = logit.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _value(key: tl.tensor) -> tl.tensor:
+    """The float32 of a key."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _noise(
+    first_token: int, seed: tl.tensor, position: tl.tensor, sequence_index: tl.tensor, purpose: int, TILE: tl.constexpr
+) -> tl.tensor:
+    """Gumbel noise of TILE tokens from `first_token`, a multiple of 4, on: see gumbel_noise()."""
+    counter = first_token // 4 + tl.arange(0, TILE // 4)
+    zeros = counter * 0
+    words = tl.philox(
+        seed,
+        counter.to(tl.uint32),
+        (zeros + position).to(tl.uint32),
+        (zeros + sequence_index).to(tl.uint32),
+        (zeros + purpose).to(tl.uint32),
+    )
+    bits = tl.interleave(tl.interleave(words[0], words[2]), tl.interleave(words[1], words[3])) >> 9
+    uniform = (bits.to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+    return -tl.log(-tl.log(uniform))

@@ -3,6 +3,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from paged_cases import kernel_device
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
 
@@ -15,6 +16,7 @@ from quire.kernels.sample import (
     gumbel_noise,
     gumbel_noise_reference,
     sample,
+    sample_reference,
 )
 
 
@@ -158,3 +160,64 @@ def test_a_broken_row_does_not_change_the_others() -> None:
     whole = sample(logits, inputs_of(rows), purpose=0)
     logits[1, 64] = float("nan")
     assert sample(logits, inputs_of(rows), purpose=0)[[0, 2]].tolist() == whole[[0, 2]].tolist()
+
+
+def on_kernel_device(inputs: SamplingInputs) -> SamplingInputs:
+    return SamplingInputs(*(getattr(inputs, name).to(kernel_device()) for name in SamplingInputs.__slots__))
+
+
+FILTERS: dict[str, dict[str, float]] = {
+    "none": {},
+    "top-k": {"top_k": 5},
+    "top-k of all": {"top_k": 5000},
+    "top-p": {"top_p": 0.8},
+    "tiny top-p": {"top_p": 1e-6},
+    "min-p": {"min_p": 0.3},
+    "all": {"top_k": 9, "top_p": 0.7, "min_p": 0.02, "temperature": 1.7},
+    "hot": {"temperature": 3.0, "top_k": 50, "top_p": 0.9},
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("vocab_size", [1, 7, 129, 3001])
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+def test_drawing_without_a_sort_takes_the_token_that_the_sort_takes(vocab_size: int, spread: float) -> None:
+    rows = [
+        {**options, "seed": 7 * index - 2**63, "position": index, "sequence_index": 2} for index, options in enumerate(FILTERS.values())
+    ]
+    rows.append({"temperature": 0.0, "top_p": 0.5})
+    inputs = on_kernel_device(inputs_of(rows))
+    logits = (logits_of(len(rows), vocab_size) * spread).to(kernel_device())
+    logits[:, ::5] = -math.inf if vocab_size > 1 else 0.0
+    assert sample(logits, inputs, purpose=1).tolist() == sample_reference(logits, inputs, purpose=1).tolist()
+
+
+@pytest.mark.kernel
+def test_ties_are_kept_and_dropped_as_the_sort_does() -> None:
+    rows = [{**options, "seed": index} for index, options in enumerate(list(FILTERS.values()) * 2)]
+    inputs = on_kernel_device(inputs_of(rows))
+    logits = (logits_of(len(rows), 129) / 4).round().to(kernel_device())
+    assert sample(logits, inputs, purpose=0).tolist() == sample_reference(logits, inputs, purpose=0).tolist()
+
+
+@pytest.mark.kernel
+def test_broken_rows_are_told_on_the_way_and_change_no_other() -> None:
+    inputs = on_kernel_device(inputs_of([{"seed": index, **FILTERS["all"]} for index in range(5)]))
+    logits = logits_of(5, 129).to(kernel_device())
+    whole = sample(logits, inputs, purpose=0)
+    logits[1, 3], logits[2], logits[3, 0] = math.nan, -math.inf, math.inf
+    broken = torch.zeros(5, dtype=torch.bool, device=kernel_device())
+    token_ids = sample(logits, inputs, purpose=0, broken=broken)
+    assert broken.tolist() == [False, True, True, True, False]
+    assert token_ids[[0, 4]].tolist() == whole[[0, 4]].tolist()
+    assert ((token_ids >= 0) & (token_ids < 129)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab_size", [32000, 128256, 151936])
+def test_large_vocabularies_draw_as_the_cpu_does(vocab_size: int) -> None:
+    rows = [{**options, "seed": index, "position": index} for index, options in enumerate(list(FILTERS.values()) * 8)]
+    logits = logits_of(len(rows), vocab_size)
+    expected = sample_reference(logits, inputs_of(rows), purpose=0)
+    actual = sample(logits.cuda(), on_kernel_device(inputs_of(rows)), purpose=0).cpu()
+    assert int((actual != expected).sum()) <= 1  # two scores closer than the rounding of their logarithms

@@ -1,0 +1,228 @@
+"""Everything between a layer's q/k/v product and its attention, in one launch: norms, rotation, the write to the cache."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quire.kernels.backend import runs_triton
+from quire.kernels.store_kv import store_kv_reference
+
+
+def rotary_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    *,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    output: Tensor | None = None,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values into their slots, give back the queries.
+
+    query:        [num_tokens, num_heads, head_dim]  last dim contiguous, as are those of key and value
+    key, value:   [num_tokens, num_kv_heads, head_dim]; num_heads is a multiple of num_kv_heads
+    kv_cache:     [num_blocks, 2, num_kv_heads, block_size, head_dim]  one layer's strided view, last two dims contiguous
+    slot_mapping: [num_tokens] int64; -1 writes nothing (padding); others distinct
+    positions:    [num_tokens] int64
+    cos_sin:      [max_positions, rotary_dim] float32, see rotary_table(); dims from rotary_dim on are not rotated
+    query_norm, key_norm: [head_dim]; weights of an RMS norm of each head before the rotation, or neither
+    output:       [num_tokens, num_heads, head_dim], may be `query` itself; new if None
+
+    Dim i is rotated with dim i + rotary_dim / 2, as Llama's checkpoints have it. Sums and products are float32.
+    """
+    assert (query_norm is None) == (key_norm is None), "queries and keys are normed both or neither"
+    assert kv_cache.stride()[3:] == (kv_cache.shape[4], 1), kv_cache.stride()
+    assert query.stride(2) == key.stride(2) == value.stride(2) == 1, (query.stride(), key.stride(), value.stride())
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device) if output is None else output
+    if not runs_triton(query):
+        rotary_store_reference(
+            query, key, value, kv_cache, slot_mapping, positions, cos_sin, query_norm=query_norm, key_norm=key_norm, eps=eps, output=output
+        )
+        return output
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    rotary_dim = cos_sin.shape[1]
+    # A program per token and group of heads: every number is read and written once, and small batches still fill the GPU.
+    _rotary_store_kernel[(num_kv_heads, num_tokens)](
+        output,
+        kv_cache,
+        query,
+        key,
+        value,
+        slot_mapping,
+        positions,
+        cos_sin,
+        query_norm,
+        key_norm,
+        eps,
+        *output.stride()[:2],
+        *kv_cache.stride()[:3],
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        PADDED_HALF=triton.next_power_of_2(rotary_dim // 2),
+        PADDED_REST=triton.next_power_of_2(head_dim - rotary_dim) if rotary_dim < head_dim else 0,
+        GROUP=group,
+        PADDED_GROUP=triton.next_power_of_2(group),
+        BLOCK_SIZE=kv_cache.shape[3],
+        num_warps=1 if group * head_dim <= 1024 else 4,
+    )
+    return output
+
+
+@triton.jit
+def _rotary_store_kernel(
+    output: tl.tensor,  # [num_tokens, num_heads, HEAD_DIM]
+    kv_cache: tl.tensor,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM]
+    query: tl.tensor,  # [num_tokens, num_heads, HEAD_DIM]
+    key: tl.tensor,  # [num_tokens, num_kv_heads, HEAD_DIM]
+    value: tl.tensor,  # [num_tokens, num_kv_heads, HEAD_DIM]
+    slot_mapping: tl.tensor,  # [num_tokens]
+    positions: tl.tensor,  # [num_tokens]
+    cos_sin: tl.tensor,  # [max_positions, ROTARY_DIM]
+    query_norm: tl.tensor,  # None, or [HEAD_DIM]
+    key_norm: tl.tensor,  # None, or [HEAD_DIM]
+    eps: float,
+    output_token_stride: int,
+    output_head_stride: int,
+    block_stride: int,
+    kind_stride: int,
+    head_stride: int,
+    query_token_stride: int,
+    query_head_stride: int,
+    key_token_stride: int,
+    key_head_stride: int,
+    value_token_stride: int,
+    value_head_stride: int,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    PADDED_REST: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    kv_head = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    half = tl.arange(0, PADDED_HALF)
+    is_half = half < ROTARY_DIM // 2
+    angles = cos_sin + tl.load(positions + token).to(tl.int64) * ROTARY_DIM + half
+    cos = tl.load(angles, mask=is_half, other=0.0)
+    sin = tl.load(angles + ROTARY_DIM // 2, mask=is_half, other=0.0)
+
+    in_group = tl.arange(0, PADDED_GROUP)
+    is_head = in_group < GROUP
+    head = kv_head * GROUP + in_group
+    _rotate(
+        output + token * output_token_stride + head * output_head_stride,
+        query + token * query_token_stride + head * query_head_stride,
+        is_head, query_norm, cos, sin, eps, HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
+    )  # fmt: skip
+
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    if slot < 0:
+        return
+    one = tl.arange(0, 1)
+    target = kv_cache + slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * HEAD_DIM
+    _rotate(
+        target + one,
+        key + token * key_token_stride + kv_head * key_head_stride + one,
+        one == 0, key_norm, cos, sin, eps, HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
+    )  # fmt: skip
+    source = value + token * value_token_stride + kv_head * value_head_stride
+    first, second = tl.load(source + half, mask=is_half), tl.load(source + ROTARY_DIM // 2 + half, mask=is_half)
+    tl.store(target + kind_stride + half, first, mask=is_half)
+    tl.store(target + kind_stride + ROTARY_DIM // 2 + half, second, mask=is_half)
+    if PADDED_REST > 0:
+        rest = ROTARY_DIM + tl.arange(0, PADDED_REST)
+        tl.store(target + kind_stride + rest, tl.load(source + rest, mask=rest < HEAD_DIM), mask=rest < HEAD_DIM)
+
+
+@triton.jit
+def _rotate(
+    target: tl.tensor,  # [rows] pointers
+    source: tl.tensor,  # [rows] pointers
+    is_row: tl.tensor,  # [rows]
+    norm: tl.tensor,  # None, or [HEAD_DIM]
+    cos: tl.tensor,  # [PADDED_HALF]
+    sin: tl.tensor,  # [PADDED_HALF]
+    eps: float,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    PADDED_REST: tl.constexpr,
+) -> None:
+    half = tl.arange(0, PADDED_HALF)
+    is_half = half < ROTARY_DIM // 2
+    is_number = is_row[:, None] & is_half[None, :]
+    first = tl.load(source[:, None] + half[None, :], mask=is_number, other=0.0).to(tl.float32)
+    second = tl.load(source[:, None] + ROTARY_DIM // 2 + half[None, :], mask=is_number, other=0.0).to(tl.float32)
+    if PADDED_REST > 0:
+        rest = ROTARY_DIM + tl.arange(0, PADDED_REST)
+        is_rest = is_row[:, None] & (rest < HEAD_DIM)[None, :]
+        others = tl.load(source[:, None] + rest[None, :], mask=is_rest, other=0.0).to(tl.float32)
+    if norm is not None:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        if PADDED_REST > 0:
+            squares += tl.sum(others * others, 1)
+        factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        first = first * factor * tl.load(norm + half, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        second = second * factor * tl.load(norm + ROTARY_DIM // 2 + half, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        if PADDED_REST > 0:
+            others = others * factor * tl.load(norm + rest, mask=rest < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+    dtype = target.dtype.element_ty
+    tl.store(target[:, None] + half[None, :], (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=is_number)
+    rotated = second * cos[None, :] + first * sin[None, :]
+    tl.store(target[:, None] + ROTARY_DIM // 2 + half[None, :], rotated.to(dtype), mask=is_number)
+    if PADDED_REST > 0:
+        tl.store(target[:, None] + rest[None, :], others.to(dtype), mask=is_rest)
+
+
+def rotary_table(frequencies: Tensor, *, max_positions: int, scaling: float = 1.0) -> Tensor:
+    """cos and sin of every position's angles, times `scaling` (of models with long-context scaling).
+
+    frequencies: [rotary_dim / 2] float32, radians per token (transformers' inv_freq)
+    result:      [max_positions, rotary_dim] float32, cosines then sines
+    """
+    angles = torch.arange(max_positions, dtype=torch.float32, device=frequencies.device)[:, None] * frequencies.float()
+    return torch.cat((angles.cos(), angles.sin()), dim=1) * scaling
+
+
+def rotary_store_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    *,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    output: Tensor,
+) -> None:
+    """The same, step by step."""
+    rotary_dim = cos_sin.shape[1]
+    cos, sin = cos_sin[positions].chunk(2, dim=1)
+
+    def rotated(heads: Tensor, norm: Tensor | None) -> Tensor:
+        numbers = heads.float()
+        if norm is not None:
+            numbers = numbers * torch.rsqrt(numbers.square().mean(-1, keepdim=True) + eps) * norm.float()
+        first, second = numbers[..., :rotary_dim].chunk(2, dim=-1)
+        turned = torch.cat((first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), dim=-1)
+        return torch.cat((turned, numbers[..., rotary_dim:]), dim=-1).to(heads.dtype)
+
+    turned_key = rotated(key, key_norm)
+    output.copy_(rotated(query, query_norm))
+    store_kv_reference(turned_key, value, kv_cache, slot_mapping)

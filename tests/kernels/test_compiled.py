@@ -1,0 +1,122 @@
+"""What the machine code for sm_90 must be like, read without a GPU.
+
+Registers decide how many programs a multiprocessor holds, spills go through memory, HMMA and HGMMA are the tensor cores, and
+LDGSTS and UTMALDG are the copies that run ahead of the computation.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compiled_kernels import CompiledKernel, compiling_for_sm90
+
+from quire.kernels.attention_tiles import prefill_tile
+from quire.kernels.copy_blocks import copy_blocks
+from quire.kernels.decode_plan import allocate_decode_plan, plan_decode
+from quire.kernels.paged_decode import paged_decode
+from quire.kernels.paged_prefill import paged_prefill
+from quire.kernels.prepare_inputs import allocate_step_tokens, append_tokens, prepare_inputs
+from quire.kernels.rms_norm import rms_norm
+from quire.kernels.rotary_store import rotary_store
+from quire.kernels.sample import SamplingInputs, sample
+from quire.kernels.silu_mul import silu_mul
+from quire.kernels.store_kv import store_kv
+
+pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="interpreted kernels are not compiled")
+
+CPU = torch.device("cpu")
+HEADS = {
+    "llama-8b": (32, 8, 128),
+    "qwen3-0.6b": (16, 8, 128),
+    "llama-13b": (40, 40, 128),
+    "multi-query": (32, 1, 128),
+    "64": (32, 8, 64),
+    "80": (32, 32, 80),
+    "96": (32, 8, 96),
+    "256": (8, 4, 256),
+}
+
+
+def zeros(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(sizes, dtype=dtype)
+
+
+def integers(*sizes: int) -> torch.Tensor:
+    return torch.zeros(sizes, dtype=torch.int64)
+
+
+def compiled(launch: Callable[[], object]) -> list[CompiledKernel]:
+    with compiling_for_sm90() as kernels:
+        launch()
+    return kernels
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype"), [*((heads, torch.bfloat16) for heads in HEADS.values()), (HEADS["llama-8b"], torch.float16)], ids=str
+)
+def test_decode_runs_ahead_on_tensor_cores_without_spills(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    layer = zeros(4, 2, 2, num_kv_heads, 16, head_dim, dtype=dtype)[:, 1]
+    lengths, tables = integers(4), zeros(4, 64, dtype=torch.int32)
+    plan = allocate_decode_plan(num_rows=4, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, device=CPU)
+    query = zeros(4, num_heads, head_dim, dtype=dtype)
+    decode, combine = compiled(lambda: paged_decode(query, layer, tables, plan, lengths=lengths, rows=lengths, scale=0.1))
+    assert decode.stack_bytes == combine.stack_bytes == 0
+    assert decode.num_registers <= 255
+    assert combine.num_registers <= 128
+    assert decode.count("HMMA", "HGMMA") > 0
+    assert decode.count("LDGSTS") >= decode.count("LDG") // 2, "keys and values go to shared memory, block ids to registers"
+    assert decode.shared_bytes <= 100_000, "two programs a multiprocessor at least"
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_prefill_uses_warpgroup_products(heads: tuple[int, int, int], block_size: int) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    layer = zeros(4, 2, 2, num_kv_heads, block_size, head_dim)[:, 1]
+    tile = prefill_tile(head_dim=head_dim, num_bytes=2, block_size=block_size)
+    pieces, tables = zeros(2, 4, dtype=torch.int32), zeros(4, 64, dtype=torch.int32)
+    query = zeros(64, num_heads, head_dim)
+    (prefill,) = compiled(lambda: paged_prefill(query, layer, tables, pieces, scale=0.1, tile=tile))
+    assert prefill.count("HGMMA") > 0
+    assert prefill.count("HMMA") == 0
+    assert prefill.count("LDGSTS", "UTMALDG") > 0
+    assert prefill.shared_bytes <= 227 * 1024
+    # At head_dim 256 the numerators alone take half of all registers; a few others may be spilled outside the loop.
+    assert prefill.stack_bytes <= (96 if head_dim == 256 else 0)
+
+
+def small_launches() -> dict[str, Callable[[], object]]:
+    qkv = zeros(4, 48, 128)
+    query, key, value = qkv.split([32, 8, 8], dim=1)
+    layer = zeros(4, 2, 2, 8, 16, 128)[:, 1]
+    norms: dict[str, Any] = {"query_norm": zeros(128), "key_norm": zeros(128)}
+    step = allocate_step_tokens(256, CPU)
+    plan = allocate_decode_plan(num_rows=256, num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=CPU)
+    floats, doubles = zeros(4, dtype=torch.float32), zeros(4, dtype=torch.float64)
+    inputs = SamplingInputs(floats, integers(4), doubles, floats, torch.ones(4), integers(4), integers(4), integers(4))
+    table = zeros(64, 128, dtype=torch.float32)
+    spans = zeros(4, 4, dtype=torch.int32)
+    return {
+        "rotary_store": lambda: rotary_store(query, key, value, layer, integers(4), integers(4), table),
+        "rotary_store with norms": lambda: rotary_store(query, key, value, layer, integers(4), integers(4), table, **norms),
+        "store_kv": lambda: store_kv(key, value, layer, integers(4)),
+        "rms_norm": lambda: rms_norm(zeros(4, 4096), zeros(4096), eps=1e-5, residual=zeros(4, 4096)),
+        "rms_norm of 5120": lambda: rms_norm(zeros(4, 5120), zeros(5120), eps=1e-5, residual=zeros(4, 5120)),
+        "silu_mul": lambda: silu_mul(zeros(4, 2 * 14336)),
+        "copy_blocks": lambda: copy_blocks(zeros(4, 32, 2, 8, 16, 128), integers(3), integers(3)),
+        "prepare_inputs": lambda: prepare_inputs(step, integers(4, 4096), integers(4), integers(4, 256), spans, block_size=16, max_count=1),
+        "append_tokens": lambda: append_tokens(integers(4, 4096), integers(4), integers(4), integers(4)),
+        "plan_decode": lambda: plan_decode(plan, integers(256), integers(256)),
+        "sample": lambda: sample(zeros(4, 128256, dtype=torch.float32), inputs, purpose=0, broken=zeros(4, dtype=torch.bool)),
+    }
+
+
+@pytest.mark.parametrize("name", small_launches())
+def test_small_operations_spill_nothing_and_load_wide(name: str) -> None:
+    for kernel in compiled(small_launches()[name]):
+        assert kernel.stack_bytes == 0, kernel.name
+        if name in ("rms_norm", "silu_mul", "copy_blocks"):
+            assert "ld.global.v4.b32" in kernel.ptx, "16 bytes a load"

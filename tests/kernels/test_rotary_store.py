@@ -1,0 +1,72 @@
+from typing import Any
+
+import pytest
+import torch
+from paged_cases import kernel_device
+from torch import Tensor
+
+from quire.kernels.rotary_store import rotary_store, rotary_store_reference, rotary_table
+
+
+def stored(
+    num_tokens: int, heads: tuple[int, int, int], *, rotary_dim: int, has_norm: bool, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Queries and pool of the kernel, and of the reference in float32."""
+    num_heads, num_kv_heads, head_dim = heads
+    device = kernel_device()
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(device, dtype)
+    query, key, value = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    pool = torch.randn(40, 2, 2, num_kv_heads, 4, head_dim, generator=generator).to(device, dtype)
+    slots = torch.randperm(160, generator=generator)[:num_tokens].to(device)
+    slots[1::3] = -1
+    positions = torch.randint(0, 50, (num_tokens,), generator=generator).to(device)
+    table = rotary_table(1e4 ** -(torch.arange(rotary_dim // 2, device=device) * 2 / rotary_dim), max_positions=50)
+    norms = torch.randn(2, head_dim, generator=generator).to(device) if has_norm else (None, None)
+    options: dict[str, Any] = {"query_norm": norms[0], "key_norm": norms[1], "eps": 1e-5}
+    expected, expected_pool = torch.empty_like(query, dtype=torch.float32), pool.float()
+    rotary_store_reference(
+        query.float(), key.float(), value.float(), expected_pool[:, 1], slots, positions, table, output=expected, **options
+    )
+    actual = rotary_store(query, key, value, pool[:, 1], slots, positions, table, **options)
+    return [actual, pool], [expected, expected_pool]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("num_tokens", [1, 7])
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("heads", "rotary_dim"), [((4, 2, 16), 16), ((6, 1, 20), 8), ((3, 3, 64), 48)], ids=str)
+def test_rotation_norm_and_write_equal_the_reference(num_tokens: int, has_norm: bool, heads: tuple[int, int, int], rotary_dim: int) -> None:
+    actual, expected = stored(num_tokens, heads, rotary_dim=rotary_dim, has_norm=has_norm, dtype=torch.float32)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.kernel
+def test_half_precision_is_computed_in_float32() -> None:
+    actual, expected = stored(7, (4, 2, 16), rotary_dim=16, has_norm=True, dtype=torch.float16)
+    torch.testing.assert_close([tensor.float() for tensor in actual], expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (71, 1, 64), (8, 8, 80), (8, 4, 256)], ids=str)
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_bfloat16_is_right_on_the_gpu(heads: tuple[int, int, int], has_norm: bool) -> None:
+    actual, expected = stored(129, heads, rotary_dim=heads[2] // 2, has_norm=has_norm, dtype=torch.bfloat16)
+    torch.testing.assert_close([tensor.float() for tensor in actual], expected, atol=5e-2, rtol=1e-2)
+
+
+@pytest.mark.kernel
+def test_queries_may_be_rotated_in_place() -> None:
+    query, key, value = torch.randn(3, 7, 2, 16, device=kernel_device())
+    pool = torch.zeros(9, 2, 2, 4, 16, device=query.device)
+    slots, positions = torch.arange(7, device=query.device), torch.arange(7, device=query.device)
+    table = rotary_table(torch.rand(8, device=query.device), max_positions=7)
+    expected = rotary_store(query, key, value, pool, slots, positions, table)
+    assert torch.equal(rotary_store(query, key, value, pool, slots, positions, table, output=query), expected)
+
+
+def test_the_table_turns_by_frequency_times_position() -> None:
+    table = rotary_table(torch.tensor([0.5, 2.0]), max_positions=3)
+    torch.testing.assert_close(
+        table[2], torch.tensor([1.0, 4.0, 1.0, 4.0]).cos() * torch.tensor([1, 1, 0, 0]) + torch.tensor([0, 0, 0.841471, -0.756802])
+    )

@@ -1,0 +1,168 @@
+"""The operations around attention on the GPU: each compared with its reference at the size at which it is then timed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import relative_error, seconds_per_launch
+from torch import Tensor
+
+from quire.kernels.copy_blocks import copy_blocks, copy_blocks_reference
+from quire.kernels.prepare_inputs import allocate_step_tokens, append_tokens, prepare_inputs, prepare_inputs_reference
+from quire.kernels.rms_norm import rms_norm, rms_norm_reference
+from quire.kernels.rotary_store import rotary_store, rotary_store_reference, rotary_table
+from quire.kernels.sample import SamplingInputs, sample, sample_reference
+from quire.kernels.silu_mul import silu_mul, silu_mul_reference
+from quire.kernels.store_kv import store_kv
+
+# Sets of buffers that launches take in turn, so that each finds its data in memory rather than in the cache.
+NUM_SETS = 8
+
+
+class SmallOps:
+    """Rows of the report; every row has its error, time, bytes and share of the reading bandwidth."""
+
+    def __init__(self, read_bytes_per_s: float) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._read_bytes_per_s = read_bytes_per_s
+
+    def run_all(self) -> list[dict[str, Any]]:
+        for num_tokens in (1, 64, 256, 8192):
+            self.rotary_store(num_tokens, 32, 8, 128, with_norm=False)
+            self.rotary_store(num_tokens, 16, 8, 128, with_norm=True)
+            self.rms_norm(num_tokens, 4096)
+            self.silu_mul(num_tokens, 14336)
+        for num_copies in (1, 8, 64):
+            self.copy_blocks(num_copies)
+        for num_rows in (1, 32, 256):
+            self.prepare_inputs(num_rows)
+            for name, options in SAMPLERS.items():
+                self.sample(num_rows, name, options)
+        return self.rows
+
+    def rotary_store(self, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, *, with_norm: bool) -> None:
+        heads = [num_heads, num_kv_heads, num_kv_heads]
+        sets = [torch.randn(num_tokens, sum(heads), head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(NUM_SETS)]
+        pool = torch.zeros(num_tokens // 16 + 8, NUM_SETS, 2, num_kv_heads, 16, head_dim, device="cuda", dtype=torch.bfloat16)
+        slots = torch.randperm(pool.shape[0] * 16, device="cuda")[:num_tokens]
+        positions = torch.randint(0, 4096, (num_tokens,), device="cuda")
+        table = rotary_table(1e4 ** -(torch.arange(head_dim // 2, device="cuda") / (head_dim // 2)), max_positions=4096)
+        norms = {name: torch.randn(head_dim, device="cuda").bfloat16() if with_norm else None for name in ("query_norm", "key_norm")}
+        output = torch.full_like(sets[0][:, :num_heads], float("nan"))
+
+        def launch(index: int) -> Tensor:
+            query, key, value = sets[index].split(heads, dim=1)
+            return rotary_store(query, key, value, pool[:, index], slots, positions, table, output=output, **norms)
+
+        launch(0)
+        query, key, value = sets[0].float().split(heads, dim=1)
+        expected, expected_pool = torch.empty_like(query), torch.zeros_like(pool[:, 0], dtype=torch.float32)
+        few = slots[:64]  # the reference goes token by token
+        wide_norms = {name: None if norm is None else norm.float() for name, norm in norms.items()}
+        rotary_store_reference(query, key, value, expected_pool, _only(slots, few), positions, table, output=expected, **wide_norms)
+        stored = pool[few // 16, 0, :, :, few % 16]
+        error = max(relative_error(output, expected), relative_error(stored, expected_pool[few // 16, :, :, few % 16]))
+        num_bytes = 2 * sets[0].nbytes
+        name = f"rotary_store{' + norm' if with_norm else ''} {num_heads}/{num_kv_heads}"
+        self._add(name, num_tokens, error, 1e-2, num_bytes, launch)
+        if not with_norm:
+            kv = [tensors.split(heads, dim=1)[1:] for tensors in sets]
+            self._add("store_kv", num_tokens, 0.0, 1e-2, 4 * kv[0][0].nbytes, lambda index: store_kv(*kv[index], pool[:, index], slots))
+
+    def rms_norm(self, num_tokens: int, width: int) -> None:
+        sets = [torch.randn(2, num_tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(NUM_SETS)]
+        weight = torch.randn(width, device="cuda", dtype=torch.bfloat16)
+        hidden, residual = sets[0].clone().float()
+        actual = rms_norm(sets[0][0], weight, eps=1e-5, residual=sets[0][1])
+        error = relative_error(actual, rms_norm_reference(hidden, weight, eps=1e-5, residual=residual))
+        output = torch.empty_like(actual)
+        self._add(
+            "rms_norm + residual", num_tokens, error, 1e-2, 4 * output.nbytes,
+            lambda index: rms_norm(sets[index][0], weight, eps=1e-5, residual=sets[index][1], output=output),
+        )  # fmt: skip
+
+    def silu_mul(self, num_tokens: int, width: int) -> None:
+        sets = [torch.randn(num_tokens, 2 * width, device="cuda", dtype=torch.bfloat16) for _ in range(NUM_SETS)]
+        output = torch.full((num_tokens, width), float("nan"), device="cuda", dtype=torch.bfloat16)
+        error = relative_error(silu_mul(sets[0], output=output), silu_mul_reference(sets[0].float()))
+        self._add("silu_mul", num_tokens, error, 1e-2, 3 * output.nbytes, lambda index: silu_mul(sets[index], output=output))
+
+    def copy_blocks(self, num_copies: int) -> None:
+        pool = torch.randn(2 * 64 * NUM_SETS, 32, 2, 8, 16, 128, device="cuda", dtype=torch.bfloat16)
+        ids = torch.randperm(len(pool), device="cuda").view(NUM_SETS, 2, 64)[..., :num_copies].contiguous()
+        touched = ids[0].flatten()
+        before = pool[touched].clone()
+        copy_blocks(pool, ids[0, 0], ids[0, 1])
+        local = torch.arange(len(touched), device="cuda")
+        copy_blocks_reference(before, local[:num_copies], local[num_copies:])
+        error = 0.0 if torch.equal(pool[touched], before) else float("inf")
+        num_bytes = 2 * num_copies * pool[0].nbytes
+        self._add("copy_blocks of 2 MiB", num_copies, error, 1e-9, num_bytes, lambda index: copy_blocks(pool, ids[index, 0], ids[index, 1]))
+
+    def prepare_inputs(self, num_rows: int) -> None:
+        tokens = torch.randint(0, 1000, (num_rows, 4096), device="cuda")
+        lengths = torch.randint(1, 4000, (num_rows,), device="cuda")
+        tables = torch.randint(0, 1000, (num_rows, 256), device="cuda")
+        order = torch.randperm(num_rows).tolist()
+        spans = torch.tensor([[row, -1, 1, index] for index, row in enumerate(order)], dtype=torch.int32, device="cuda")
+        step, expected = (allocate_step_tokens(num_rows, tokens.device) for _ in range(2))
+        prepare_inputs(step, tokens, lengths, tables, spans, block_size=16, max_count=1)
+        prepare_inputs_reference(expected, tokens, lengths, tables, spans, block_size=16)
+        is_equal = all(torch.equal(getattr(step, name), getattr(expected, name)) for name in ("token_ids", "positions", "slot_mapping"))
+        error = 0.0 if is_equal else float("inf")
+        self._add(
+            "prepare_inputs", num_rows, error, 1e-9, 0,
+            lambda _: prepare_inputs(step, tokens, lengths, tables, spans, block_size=16, max_count=1),
+        )  # fmt: skip
+        none = torch.full((num_rows,), -1, device="cuda")  # lengths must not pass the end over many replays
+        self._add("append_tokens", num_rows, 0.0, 1e-9, 0, lambda _: append_tokens(tokens, lengths, none, step.token_ids))
+
+    def sample(self, num_rows: int, name: str, options: dict[str, float]) -> None:
+        vocab_size = 128256
+        sets = [torch.randn(num_rows, vocab_size, device="cuda") * 3 for _ in range(2)]
+        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, **options}
+        dtypes = {
+            "temperature": torch.float32,
+            "min_p": torch.float32,
+            "typical_p": torch.float32,
+            "top_p": torch.float64,
+            "top_k": torch.int64,
+        }
+        columns = {key: torch.full((num_rows,), settings[key], dtype=dtype, device="cuda") for key, dtype in dtypes.items()}
+        seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), device="cuda")
+        order = torch.arange(num_rows, device="cuda")
+        inputs = SamplingInputs(**columns, seed=seeds, sequence_index=order % 3, position=order * 7)
+        # Scores closer than rounding may fall either way: a draw in thousands, not one in a hundred.
+        actual, expected = sample(sets[0], inputs, purpose=0), sample_reference(sets[0], inputs, purpose=0)
+        different = float((actual != expected).sum())
+        self._add(
+            f"sample {name}", num_rows, different, 1.5 if num_rows > 100 else 0.5, sets[0].nbytes,
+            lambda index: sample(sets[index % 2], inputs, purpose=0),
+        )  # fmt: skip
+
+    def _add(self, name: str, size: int, error: float, bound: float, num_bytes: int, launch: Callable[[int], object]) -> None:
+        def bound_launch(index: int) -> Callable[[], object]:
+            return lambda: launch(index)
+
+        seconds = seconds_per_launch([bound_launch(index % NUM_SETS) for index in range(4 * NUM_SETS)])
+        floor_s = num_bytes / self._read_bytes_per_s
+        row = {"op": name, "size": size, "error": error, "ok": error < bound, "us": seconds * 1e6, "floor_us": floor_s * 1e6}
+        self.rows.append(row)
+        verdict = "ok   " if row["ok"] else "WRONG"
+        times = f"{row['us']:7.1f} us, floor {row['floor_us']:6.1f}"
+        print(f"{verdict} {name:32s} {size:5d} {times}, error {error:.1e}", flush=True)
+
+
+SAMPLERS: dict[str, dict[str, float]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {},
+    "top-p 0.9": {"top_p": 0.9},
+    "top-k 50": {"top_k": 50},
+    "top-k 20, top-p 0.95": {"top_k": 20, "top_p": 0.95},
+    "min-p 0.05": {"min_p": 0.05},
+}
+
+
+def _only(slots: Tensor, few: Tensor) -> Tensor:
+    """Slots other than the few become padding."""
+    return torch.where(torch.isin(slots, few), slots, -1)
