@@ -376,7 +376,7 @@ class Scheduler:
         self.queue.check()
         seen: dict[int, Request] = {}
         for group in self.groups.values():
-            group.check()
+            self._check_group(group)
             for held in (group.running, group.swapped):
                 assert seen.keys().isdisjoint(held), "a request is in two places"
                 seen.update(held)
@@ -395,6 +395,9 @@ class Scheduler:
         assert seen == self._by_handle, "a request is lost"
         assert len(self._by_key) == len(self._by_handle)
         assert {request.gateway for request in seen.values()} <= self._gateways.keys()
+
+    def _check_group(self, group: Group) -> None:
+        group.check()
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class WatchedScheduler(Scheduler):
         self.num_working_plans = 0
         self._waiting_since: dict[int, int] = {}
         self.longest_wait = 0
+        self._checked: dict[str, tuple[object, ...]] = {}  # what was seen of a group when it was checked last
         self._has_preempted = False  # in the step that is planned
         self._prefilling_before: dict[str, set[int]] = {}  # sequences in prefill after the last plan, by group
 
@@ -76,6 +77,15 @@ class WatchedScheduler(Scheduler):
     def tick(self, now_s: float) -> None:
         super().tick(now_s)
         assert all(request.deadline_s > now_s for request in self._by_handle.values()), "S8: a request outlives its deadline"
+
+    def _check_group(self, group: Group) -> None:
+        """Check a group that something happened to since it was checked; each way of changing one shows in these numbers."""
+        acknowledged = tuple(group._num_acknowledged.values())
+        state = (group.num_steps_done, group._next_step_id, group.pool.num_held, group.pool.num_cached, len(group.copies))
+        now = (group, state, acknowledged, len(group.running), len(group.swapped), len(group.batch.free_rows))
+        if self._checked.get(group.group_id) != now:
+            super()._check_group(group)
+            self._checked[group.group_id] = now
 
     def check(self) -> None:
         super().check()
