@@ -1,8 +1,10 @@
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from plan_driver import MakeRunner
+from reference_models import LoadReference, ReferenceModel, load_reference
 from tiny_models import DEMO_MODEL, save_tiny_llama
 
 from quire.common.model_folder import read_model_folder
@@ -55,3 +57,14 @@ def make_runner(models: dict[str, TransformersModel]) -> MakeRunner:
         return Runner(loaded, kv_cache, rank=0, max_rows=max_rows, max_model_len=max_model_len, device="cpu", num_cpu_blocks=num_cpu_blocks)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_model(tmp_path_factory: pytest.TempPathFactory) -> LoadReference:
+    """Reference models by name, each made once."""
+
+    @cache
+    def load(name: str) -> ReferenceModel:
+        return load_reference(name, tmp_path_factory.mktemp)
+
+    return load
