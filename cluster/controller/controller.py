@@ -212,6 +212,7 @@ class _Controller:
                         ranks=ranks,
                         max_request_tokens=message.max_request_tokens,
                         block_bytes=message.block_bytes,
+                        detail=f"each rank holds {whole}" if (whole := self._plan.whole_on_each_rank) else "",
                     )
                     self._perform(actions)
                 case GroupLost():

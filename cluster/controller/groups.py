@@ -97,12 +97,14 @@ class GroupTable:
         self.groups[group.group_id] = group
         self.version += 1
 
-    def on_ready(self, group_id: str, term: int, *, ranks: tuple[RankInfo, ...], max_request_tokens: int, block_bytes: int) -> list[Action]:
-        """All ranks said hello to the scheduler."""
+    def on_ready(
+        self, group_id: str, term: int, *, ranks: tuple[RankInfo, ...], max_request_tokens: int, block_bytes: int, detail: str = ""
+    ) -> list[Action]:
+        """All ranks said hello to the scheduler. detail: what an operator should know of the group, "" for nothing."""
         group = self._current(group_id, term)
         if group is None or group.state is not GroupState.STARTING:
             return []
-        self._set(group, GroupState.READY, ranks=ranks, max_request_tokens=max_request_tokens, block_bytes=block_bytes, detail="")
+        self._set(group, GroupState.READY, ranks=ranks, max_request_tokens=max_request_tokens, block_bytes=block_bytes, detail=detail)
         return []
 
     def on_lost(self, group_id: str, term: int, reason: str) -> list[Action]:
