@@ -57,6 +57,7 @@ def test_who_asks_twice_does_not_wait_for_streams(tmp_path: Path) -> None:
         serve.wait_gone(timeout_s=GONE_TIMEOUT_S)
 
 
+@pytest.mark.chaos
 def test_nothing_is_left_after_kill_9_of_quire_serve(tmp_path: Path) -> None:
     with ServeProcess(tmp_path) as serve:
         serve.wait_ready()
@@ -67,6 +68,7 @@ def test_nothing_is_left_after_kill_9_of_quire_serve(tmp_path: Path) -> None:
         wait_for(lambda: not list(serve.temporary.glob("quire-*")), timeout_s=GONE_TIMEOUT_S)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     "module", ["quire.cluster.scheduler.process", "quire.worker.rank_process", "quire.cluster.gateway.main"], ids=lambda m: m.split(".")[-2]
 )
