@@ -23,9 +23,9 @@ def test_duplicates_are_dropped_and_the_rest_of_the_message_counts() -> None:
     stream.receive(sequence=0, first_offset=0, token_ids=[10, 11, 12])
     stream.receive(sequence=0, first_offset=1, token_ids=[11, 12])
     stream.receive(sequence=0, first_offset=2, token_ids=[12, 13])
-    assert stream.take(max_tokens=3) == [10, 11, 12]
-    assert stream.take(max_tokens=99) == [13]
-    assert stream.take(max_tokens=99) == []
+    assert stream.sequences[0].take(max_tokens=3) == ([10, 11, 12], [])
+    assert stream.sequences[0].take(max_tokens=99) == ([13], [])
+    assert stream.sequences[0].take(max_tokens=99) == ([], [])
     assert not stream.is_over
 
 
@@ -39,7 +39,7 @@ def test_a_gap_or_one_too_many_fails_the_request(sequence: int, first_offset: in
     stream.receive(sequence=sequence, first_offset=first_offset, token_ids=token_ids)
     assert isinstance(stream.error, InternalError)
     assert stream.error.reason == reason
-    assert stream.take(max_tokens=99) == [1]
+    assert stream.sequences[0].unsent == [1]
 
 
 def test_an_end_that_counts_more_tokens_than_came_is_a_gap() -> None:
@@ -55,7 +55,7 @@ def test_only_the_first_end_counts() -> None:
     stream.finish(finished(1))
     stream.fail(Unavailable("late"))
     stream.receive(sequence=0, first_offset=1, token_ids=[2])
-    assert (stream.error, stream.num_received) == (None, 1)
+    assert (stream.error, stream.sequences[0].num_received) == (None, 1)
     assert stream.finished == finished(1)
 
 
