@@ -169,7 +169,7 @@ TALES = [[*STORY_IDS[:9], 0], [*STORY_IDS[3:8], 0], STORY_IDS[:12]]
 
 
 async def test_sequences_come_interleaved_each_with_its_own_text_and_end(running: Running) -> None:
-    running.scheduler.script = lambda _: Script(TALES[0], others=TALES[1:])
+    running.scheduler.script = lambda _: Script(TALES[0], others=TALES[1:], delay_s=0.01)
     request = GenerateRequest(text="hello", n=3, stopping=StoppingParams(max_tokens=12), sampling=SamplingParams(seed=5))
     messages = [message async for message in running.inference.GenerateStream(request)]
     ids: dict[int, list[int]] = {index: [] for index in range(3)}
