@@ -113,6 +113,13 @@ def test_log_probabilities_are_those_of_transformers(tiny: str, tiny_llama: Path
         assert choice.cumulative_logprob == pytest.approx(sum(entry.token.logprob for entry in choice.logprobs))
 
 
+def test_a_search_may_ask_for_the_log_probabilities_of_its_prompt(tiny: str, tiny_llama: Path) -> None:
+    with Client(tiny) as client:
+        answer = client.generate(PROMPT, num_beams=3, n=2, max_tokens=4, prompt_logprobs=2)
+    assert len(answer.choices) == 2
+    assert_near(answer.prompt_logprobs, PROMPT[1:], reference_logprobs(tiny_llama, PROMPT), num_top=2)
+
+
 def test_greedy_with_a_repetition_penalty_is_that_of_transformers(tiny: str, tiny_llama: Path) -> None:
     (expected,) = reference(tiny_llama, PROMPT, repetition_penalty=1.3)
     with Client(tiny) as client:

@@ -299,10 +299,16 @@ def beams(beam_count: int = 4, **fields: Any) -> inference_pb2.BeamSearchParams:
             ({"beam_search": beams(length_penalty=value)}, "it takes -10 to 10", "beam_search.length_penalty")
             for value in (math.nan, math.inf, -10.1, 11)
         ],
-        ({"beam_search": beams(early_stopping=9)}, "early_stopping 9 is not one of", "beam_search.early_stopping"),  # type: ignore[arg-type]
+        ({"beam_search": beams(early_stopping=9)}, "early_stopping 9 is not one of", "beam_search.early_stopping"),
         *[
-            ({"beam_search": beams(), "sampling": SamplingParams(**{name: value})}, f"leave {name} unset", f"sampling.{name}")
-            for name, value in {"temperature": 0.7, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "typical_p": 0.5}.items()
+            ({"beam_search": beams(), "sampling": sampling}, f"leave {name} unset", f"sampling.{name}")
+            for name, sampling in {
+                "temperature": SamplingParams(temperature=0.7),
+                "top_p": SamplingParams(top_p=0.5),
+                "top_k": SamplingParams(top_k=3),
+                "min_p": SamplingParams(min_p=0.1),
+                "typical_p": SamplingParams(typical_p=0.5),
+            }.items()
         ],
         ({"beam_search": beams(), "stopping": StoppingParams(stop_strings=["a"])}, "leave stop_strings unset", "stopping.stop_strings"),
         ({"beam_search": beams(), "output": OutputParams(logprobs=1)}, "leave logprobs unset", "output.logprobs"),
