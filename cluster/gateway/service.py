@@ -71,11 +71,14 @@ class InferenceService(InferenceServiceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> inference_pb2.GenerateResponse:
         async with self._call(context) as call, self._generation(request, call) as running:
-            news = [await running.generation.next_news()]
-            prompt_logprobs = await self._prompt_logprobs(running)
+            collected = _Collected()
             while running.generation.account is None:
-                news.append(await running.generation.next_news())
-        return running.whole_response(news, prompt_logprobs, now_s=self._clock())
+                news = await running.generation.next_news()
+                if collected.is_empty:
+                    collected.prompt_logprobs = await self._prompt_logprobs(running)
+                collected.add(news, running.logprobs(news))
+                await asyncio.sleep(0)  # the best of several come all at once, and the messages of log probabilities take time
+        return running.whole_response(collected, now_s=self._clock())
 
     async def GenerateStream(  # type: ignore[override]  # written piece by piece, to notice a client that does not read
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -242,7 +245,7 @@ class _Running:
             index=news.index,
             text_delta=news.piece.text,
             token_ids=news.piece.token_ids,
-            logprobs=self._logprobs([news]),
+            logprobs=self.logprobs(news),
             prompt_logprobs=prompt_logprobs,
         )
         if news.end is not None:
@@ -254,42 +257,25 @@ class _Running:
             response.seed = self.request.sampling.seed
         return response
 
-    def whole_response(
-        self, news: list[News], prompt_logprobs: list[inference_pb2.TokenLogprobs], *, now_s: float
-    ) -> inference_pb2.GenerateResponse:
+    def whole_response(self, collected: "_Collected", *, now_s: float) -> inference_pb2.GenerateResponse:
         """The answer of Generate: the stream, collected."""
         account = self.generation.account
         assert account is not None, "the last news have come"
         return inference_pb2.GenerateResponse(
             request_id=self.request.request_id,
             model=self.model.name,
-            completions=[
-                self._completion([each for each in news if each.index == index]) for index in sorted({each.index for each in news})
-            ],
+            completions=collected.completions(),
             usage=_usage(account),
             timings=self._timings(account, now_s=now_s),
             seed=self.request.sampling.seed,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=collected.prompt_logprobs,
         )
 
-    def _completion(self, news: list[News]) -> inference_pb2.Completion:
-        """One sequence, of which these are all the news."""
-        completion = inference_pb2.Completion(
-            index=news[0].index,
-            text="".join(each.piece.text for each in news),
-            token_ids=[token_id for each in news for token_id in each.piece.token_ids],
-            logprobs=self._logprobs(news),
-        )
-        end = news[-1].end
-        assert end is not None, "the last news of a sequence have its end"
-        _set_end(completion, end)
-        return completion
-
-    def _logprobs(self, news: list[News]) -> list[inference_pb2.TokenLogprobs]:
+    def logprobs(self, news: News) -> list[inference_pb2.TokenLogprobs]:
+        """Those of the news' tokens, if the client asks for them."""
         if not self.request.shows_logprobs:
             return []
-        text_of = self.model.tokenizer.detokenizers.text_of
-        return [message for each in news for message in logprob_messages(each.piece.token_ids, each.piece.entries, text_of=text_of)]
+        return logprob_messages(news.piece.token_ids, news.piece.entries, text_of=self.model.tokenizer.detokenizers.text_of)
 
     def _timings(self, account: Account, *, now_s: float) -> inference_pb2.Timings:
         first_token_s = self.generation.first_token_s
@@ -302,6 +288,34 @@ class _Running:
             total=duration_of(now_s - self.call.arrival_s),
             preemption_count=account.num_preemptions,
         )
+
+
+class _Collected:
+    """The sequences of a request, as far as they have come."""
+
+    def __init__(self) -> None:
+        self._completions: dict[int, inference_pb2.Completion] = {}
+        self._texts: dict[int, list[str]] = {}
+        self.prompt_logprobs: list[inference_pb2.TokenLogprobs] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._completions
+
+    def add(self, news: News, logprobs: list[inference_pb2.TokenLogprobs]) -> None:
+        """What follows of one sequence."""
+        completion = self._completions.setdefault(news.index, inference_pb2.Completion(index=news.index))
+        self._texts.setdefault(news.index, []).append(news.piece.text)
+        completion.token_ids.extend(news.piece.token_ids)
+        completion.logprobs.extend(logprobs)
+        if news.end is not None:
+            _set_end(completion, news.end)
+
+    def completions(self) -> list[inference_pb2.Completion]:
+        """All that came, by index."""
+        for index, completion in self._completions.items():
+            completion.text = "".join(self._texts[index])
+        return [self._completions[index] for index in sorted(self._completions)]
 
 
 def _set_end(answer: inference_pb2.GenerateStreamResponse | inference_pb2.Completion, end: SequenceEnd) -> None:
