@@ -461,6 +461,40 @@ async def test_a_failure_in_the_middle_of_a_stream_comes_after_its_tokens(runnin
     assert running.scheduler.of_kind(Cancel) == []
 
 
+async def test_a_failure_after_one_of_two_sequences_has_ended_still_fails_the_request(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:3], others=[TALES[1]], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x", n=2))
+    ids: dict[int, list[int]] = {0: [], 1: []}
+    while sum(map(len, ids.values())) < 9:
+        message = await call.read()
+        ids[message.index] += message.token_ids
+    submit = running.scheduler.of_kind(Submit)[0]
+    await running.scheduler.send_finished(0, submit, num_tokens=6, stop_id=0, sequence=1, is_last=False)
+    message = await call.read()
+    assert (message.index, message.stop_cause.token_id, message.HasField("usage")) == (1, 0, False)
+    assert ids == {0: STORY_IDS[:3], 1: TALES[1]}
+    await running.scheduler.fail(0, StatusCode.UNAVAILABLE, "GROUP_LOST", "worker group g0 is gone")
+    error = await refusal(call)
+    assert details_of(error)[0].reason == "GROUP_LOST"
+
+
+async def test_a_failure_after_all_sequences_have_reached_their_ends_is_none(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:6], others=[TALES[1]], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x", n=2, stopping=StoppingParams(max_tokens=6)))
+    num_tokens = 0
+    while num_tokens < 12:
+        num_tokens += len((await call.read()).token_ids)
+    await running.scheduler.fail(0, StatusCode.UNAVAILABLE, "GROUP_LOST", "worker group g0 is gone")
+    rest: list[inference_pb2.GenerateStreamResponse] = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        rest.append(message)
+    assert {message.index: message.finish_reason for message in rest} == {
+        0: inference_pb2.FINISH_REASON_LENGTH,
+        1: inference_pb2.FINISH_REASON_STOP,
+    }
+    assert rest[-1].usage.completion_token_count == 12
+
+
 async def test_a_request_id_in_use_is_refused_until_its_request_ends(running: Running) -> None:
     running.scheduler.script = lambda _: Script(STORY_IDS[:1], ends=False)
     first = running.inference.GenerateStream(GenerateRequest(text="x", request_id="same"))
