@@ -42,10 +42,12 @@ class Flag:
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
     name: str | None = None  # where the flag is not the option's own name
+    short_name: str | None = None  # another name, beside it
 
     @property
-    def flag(self) -> str:
-        return self.name or f"--{self.option.replace('_', '-')}"
+    def flags(self) -> tuple[str, ...]:
+        name = self.name or f"--{self.option.replace('_', '-')}"
+        return (name, self.short_name) if self.short_name else (name,)
 
 
 FLAGS: Final = (
@@ -76,7 +78,7 @@ FLAGS: Final = (
     Flag("allowed_token_ids", _token_ids, "draw only these tokens", metavar="ID,ID"),
     Flag("bad_token_ids", _token_ids, "never draw these tokens", metavar="ID,ID"),
     Flag("bad_words", str, "never complete this word; may be given several times", repeats=True, metavar="TEXT"),
-    Flag("num_beams", int, "beam search with this many beams"),
+    Flag("num_beams", int, "beam search with this many beams", short_name="--beams"),
     Flag("length_penalty", float, "exponent of the length in a beam's score"),
     Flag("early_stopping", str, "when a beam search ends", choices=("heuristic", "first", "never")),
     Flag("json", bool, "complete with a JSON value", name="--json-value"),
@@ -105,10 +107,10 @@ def add_request_arguments(parser: argparse.ArgumentParser, *, leave_out: Iterabl
             continue
         dest = f"request_{flag.option}"
         if flag.convert is bool:
-            group.add_argument(flag.flag, dest=dest, action=argparse.BooleanOptionalAction, help=flag.help)
+            group.add_argument(*flag.flags, dest=dest, action=argparse.BooleanOptionalAction, help=flag.help)
         else:
             group.add_argument(
-                flag.flag,
+                *flag.flags,
                 dest=dest,
                 type=flag.convert,
                 action="append" if flag.repeats else "store",

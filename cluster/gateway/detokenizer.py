@@ -34,6 +34,7 @@ class DetokenizerFactory:
         self._byte_of_char = _byte_of_char()
         self._bytes_of_id: dict[int, bytes] = {}
         self._is_byte_token: dict[int, bool | None] = {}
+        self._text_of_id: dict[int, str] = {}
 
     def start(self, *, skip_special_tokens: bool) -> Detokenizer:
         """A detokenizer for a new sequence."""
@@ -58,6 +59,17 @@ class DetokenizerFactory:
             token = self._tokenizer.id_to_token(token_id)
             self._is_byte_token[token_id] = None if token is None else _BYTE_TOKEN.fullmatch(token) is not None
         return self._is_byte_token[token_id]
+
+    def text_of(self, token_id: int) -> str:
+        """The text of a token by itself, inside a text: with its space, and U+FFFD where it is not a whole character."""
+        known = self._text_of_id.get(token_id)
+        if known is None:
+            if self._is_byte_level:
+                known = self.bytes_of(token_id).decode(errors="replace")
+            else:  # behind itself, because decoders take the space off the first token
+                known = self.decode((token_id, token_id))[len(self.decode((token_id,))) :]
+            self._text_of_id[token_id] = known
+        return known
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The tokenizer's own decode, special tokens included."""

@@ -11,7 +11,6 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from quire.common.errors import InvalidRequest, NotSupported
-from quire.v1 import inference_pb2
 
 HONOURED: Final = frozenset(
     {
@@ -35,7 +34,17 @@ HONOURED: Final = frozenset(
         "sampling.top_p",
         "sampling.top_k",
         "sampling.min_p",
+        "sampling.typical_p",
+        "sampling.repetition_penalty",
+        "sampling.presence_penalty",
+        "sampling.frequency_penalty",
         "sampling.seed",
+        "sampling.logit_bias",
+        "sampling.allowed_token_ids",
+        "sampling.allowed_token_ids.ids",
+        "sampling.bad_token_ids",
+        "sampling.bad_token_ids.ids",
+        "sampling.bad_words",
         "stopping",
         "stopping.max_tokens",
         "stopping.min_tokens",
@@ -45,6 +54,16 @@ HONOURED: Final = frozenset(
         "stopping.include_stop_string",
         "output",
         "output.skip_special_tokens",
+        "output.logprobs",
+        "output.prompt_logprobs",
+        "output.echo_prompt",
+        "beam_search",
+        "beam_search.beam_count",
+        "beam_search.length_penalty",
+        "beam_search.early_stopping",
+        "n",
+        "best_of",
+        "priority",
         "cache_salt",
         "request_id",
     }
@@ -54,22 +73,7 @@ HONOURED: Final = frozenset(
 REFUSED: Final[Mapping[str, tuple[object, ...]]] = {
     "adapter": ("",),
     "truncate_prompt_tokens": (),
-    "sampling.typical_p": (1.0,),
-    "sampling.repetition_penalty": (1.0,),
-    "sampling.presence_penalty": (0.0,),
-    "sampling.frequency_penalty": (0.0,),
-    "sampling.logit_bias": (),
-    "sampling.allowed_token_ids": (),
-    "sampling.bad_token_ids": (),
-    "sampling.bad_words": (),
-    "output.logprobs": (),
-    "output.prompt_logprobs": (),
-    "output.echo_prompt": (False,),
-    "beam_search": (),
     "structured_output": (),
-    "n": (1,),
-    "best_of": (1,),
-    "priority": (inference_pb2.PRIORITY_UNSPECIFIED, inference_pb2.PRIORITY_NORMAL),
 }
 
 
@@ -78,6 +82,10 @@ MAX_ENTRIES: Final[Mapping[str, int]] = {
     "chat.messages": 2048,  # 16 tokens each fill a window of 32,768
     "chat.messages.tool_calls_json": 128,  # a turn that calls each tool once
     "chat.tools_json": 128,  # as many as public APIs take
+    "sampling.logit_bias": 300,  # as the proto says
+    "sampling.allowed_token_ids.ids": 1024,  # each travels to every rank
+    "sampling.bad_token_ids.ids": 1024,
+    "sampling.bad_words": 300,  # each is looked for behind every token
     "stopping.stop_strings": 4,  # as the proto says; each is searched for in every piece of text
     "stopping.stop_token_ids": 64,  # as the proto says
 }
@@ -127,7 +135,7 @@ def _refuse_known(message: Message, *, prefix: str) -> None:
             if len(value) > MAX_ENTRIES.get(path, len(value)):
                 text = f"{path} has {len(value)} entries; it takes {MAX_ENTRIES[path]}"
                 raise InvalidRequest(text, field=path, metadata={"entries": str(len(value)), "max_entries": str(MAX_ENTRIES[path])})
-            if field.message_type is not None:
+            if field.message_type is not None and not field.message_type.GetOptions().map_entry:
                 for entry in value:
                     _refuse_known(entry, prefix=path + ".")
         elif field.message_type is not None:

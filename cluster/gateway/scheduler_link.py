@@ -14,7 +14,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from quire.cluster.gateway.error_place import place_of
-from quire.cluster.gateway.request_stream import RequestStream
+from quire.cluster.gateway.request_stream import RequestStream, token_entries
 from quire.common.errors import InternalError, Overloaded, QuireError, Unavailable, error_from_code
 from quire.common.messages import (
     PROTOCOL_VERSION,
@@ -66,7 +66,8 @@ _EVENTS: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | _LOST
 class LinkBounds:
     """The bounds of a link."""
 
-    # Messages that may wait for ZeroMQ to take them; a Submit beyond is refused. Cancel and Finish always go, at most two per request.
+    # Messages that may wait for ZeroMQ to take them; a Submit beyond is refused. Cancel and Finish always go: at most one Finish
+    # per sequence, and one Cancel per request.
     max_outbox_messages: int = 10_000
     # A Submit is accepted or rejected at once unless the scheduler hangs.
     accept_timeout_s: float = 20.0
@@ -85,24 +86,23 @@ DEFAULT_BOUNDS: Final = LinkBounds()
 class SchedulerStream(RequestStream):
     """A RequestStream whose reader can wait for news."""
 
-    __slots__ = ("_accept_timer", "_news")
-
-    def __init__(self, *, request_id: str, attempt: int, max_tokens: int) -> None:
-        super().__init__(request_id, attempt, max_tokens)
+    def __init__(self, submit: Submit) -> None:
+        sampling = submit.sampling
+        super().__init__(
+            submit.request_id,
+            submit.attempt,
+            max_tokens=submit.max_tokens,
+            num_sequences=submit.n if submit.beam is not None else len(submit.sequences),
+            has_entries=sampling.num_logprobs is not None and submit.beam is None,
+            num_prompt_entries=len(submit.prompt_ids) - 1 if sampling.num_prompt_logprobs is not None else 0,
+        )
         self._news = asyncio.Event()
         self._accept_timer: asyncio.TimerHandle | None = None
 
-    async def wait(self) -> None:
-        """Until there are unsent tokens or the request is over."""
-        while not self.unsent and not self.is_over:
-            self._news.clear()
-            await self._news.wait()
-
-    async def wait_until_over(self) -> None:
-        """Until nothing more will come."""
-        while not self.is_over:
-            self._news.clear()
-            await self._news.wait()
+    async def wait_for_news(self) -> None:
+        """Until something changes that the reader has not seen: it looks first, and then waits."""
+        self._news.clear()
+        await self._news.wait()
 
     def wake(self) -> None:
         """After each change: lets the reader look again."""
@@ -214,17 +214,17 @@ class SchedulerLink:
             raise Overloaded(
                 f"{len(self._outbox)} messages wait to reach the scheduler; try again", reason="LINK_FULL", retry_after_s=RETRY_AFTER_S
             )
-        stream = SchedulerStream(request_id=message.request_id, attempt=message.attempt, max_tokens=message.max_tokens)
+        stream = SchedulerStream(message)
         self._by_id[stream.request_id] = stream
         loop = asyncio.get_running_loop()
         stream.expect_answer(loop.call_later(self._bounds.accept_timeout_s, self._no_answer, stream))
         self._put(message)
         return stream
 
-    def finish(self, stream: SchedulerStream, *, kept_tokens: int) -> None:
-        """Tell the scheduler that the sequence ended after its first kept_tokens tokens. Its Finished still comes."""
-        if not stream.is_over:
-            self._put(Finish(stream.request_id, stream.attempt, 0, kept_tokens))
+    def finish(self, stream: SchedulerStream, *, sequence: int, kept_tokens: int) -> None:
+        """Tell the scheduler that a sequence ended after its first kept_tokens tokens. Its Finished still comes."""
+        if not stream.is_over and stream.sequences[sequence].finished is None:
+            self._put(Finish(stream.request_id, stream.attempt, sequence, kept_tokens))
 
     def cancel(self, stream: SchedulerStream, *, reason: str) -> None:
         """End a request that nobody waits for any more; nothing happens if it is over."""
@@ -377,27 +377,38 @@ class SchedulerLink:
                 stream = self._by_handle.get(message.handle)
                 if stream is not None:
                     stream.finish(message)
-                    self._forget(stream)
+                    self._after_news(stream)
             case Failed():
                 stream = self._by_handle.get(message.handle)
                 if stream is not None:
                     self._end(stream, _error_of(message))
             case PromptLogprobs():
-                pass  # no request asks for them yet
+                stream = self._by_handle.get(message.handle)
+                if stream is not None:
+                    stream.receive_prompt(first_position=message.first_position, entries=token_entries(message.logprobs))
+                    self._after_news(stream)
 
     def _on_tokens(self, message: Tokens) -> None:
         position = 0
-        for handle, sequence, offset, count in zip(message.handles, message.sequences, message.first_offsets, message.counts, strict=True):
+        logprobs = dict(message.logprobs)
+        columns = zip(message.handles, message.sequences, message.first_offsets, message.counts, strict=True)
+        for index, (handle, sequence, offset, count) in enumerate(columns):
             token_ids = message.token_ids[position : position + count]
             position += count
             stream = self._by_handle.get(handle)
             if stream is None:
                 continue  # it was cancelled, and this crossed the Cancel on the wire
-            stream.receive(sequence=sequence, first_offset=offset, token_ids=token_ids)
-            if stream.is_over:
-                self._put(Cancel(stream.request_id, stream.attempt, None, "its tokens do not fit together"))
-                self._forget(stream)
-            stream.wake()
+            entries = token_entries(logprobs[index]) if index in logprobs else ()
+            stream.receive(sequence=sequence, first_offset=offset, token_ids=token_ids, entries=entries)
+            self._after_news(stream)
+
+    def _after_news(self, stream: SchedulerStream) -> None:
+        """Let the reader look. What does not fit together has ended the request here, and must end it there."""
+        if stream.error is not None:
+            self._put(Cancel(stream.request_id, stream.attempt, None, "its tokens do not fit together"))
+        if stream.is_over:
+            self._forget(stream)
+        stream.wake()
 
     def _on_welcome(self, message: Welcome) -> None:
         if message.version != PROTOCOL_VERSION:

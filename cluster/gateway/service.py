@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from quire.cluster.gateway.call_gate import CallGate
-from quire.cluster.gateway.completion import Piece
+from quire.cluster.gateway.completion import Completion
 from quire.cluster.gateway.discovery import RoutingTable
-from quire.cluster.gateway.generation import FINISH_TIMEOUT_S, End, Generation, make_submit
+from quire.cluster.gateway.field_checks import check_token_ids
+from quire.cluster.gateway.generation import FINISH_TIMEOUT_S, Account, Generation, News, SequenceEnd, make_submit, start_completions
 from quire.cluster.gateway.grpc_errors import Context, errors_as_status
+from quire.cluster.gateway.logprob_messages import logprob_messages
 from quire.cluster.gateway.request_fields import refuse_unknown, refuse_unsupported
 from quire.cluster.gateway.scheduler_link import SchedulerLink
 from quire.cluster.gateway.served_model import ServedModel
@@ -21,7 +23,6 @@ from quire.cluster.gateway.validation import (
     ResolvedRequest,
     chat_prompt,
     check_fields,
-    check_token_ids,
     encode_prompt,
     length_limit,
     request_id_of,
@@ -70,18 +71,25 @@ class InferenceService(InferenceServiceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> inference_pb2.GenerateResponse:
         async with self._call(context) as call, self._generation(request, call) as running:
-            pieces = [await running.generation.next_piece()]
-            while running.generation.end is None:
-                pieces.append(await running.generation.next_piece())
-        return running.whole_response(pieces, now_s=self._clock())
+            collected = _Collected()
+            while running.generation.account is None:
+                news = await running.generation.next_news()
+                if collected.is_empty:
+                    collected.prompt_logprobs = await self._prompt_logprobs(running)
+                collected.add(news, running.logprobs(news))
+                await asyncio.sleep(0)  # the best of several come all at once, and the messages of log probabilities take time
+        return running.whole_response(collected, now_s=self._clock())
 
     async def GenerateStream(  # type: ignore[override]  # written piece by piece, to notice a client that does not read
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> None:
         async with self._call(context) as call, self._generation(request, call) as running:
-            while running.generation.end is None:
-                piece = await running.generation.next_piece()
-                response = running.stream_response(piece, now_s=self._clock())
+            is_first = True
+            while running.generation.account is None:
+                news = await running.generation.next_news()
+                prompt_logprobs = await self._prompt_logprobs(running) if is_first else []
+                is_first = False
+                response = running.stream_response(news, prompt_logprobs, now_s=self._clock())
                 await write(context, response, timeout_s=self._write_stall_timeout_s)
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> inference_pb2.ListModelsResponse:
@@ -128,9 +136,11 @@ class InferenceService(InferenceServiceServicer):
         model = self._table().find(request.model)
         request_id = request_id_of(request)
         with self._gate.hold_request_id(request_id):
-            resolved, submit = await self._workers.run(self._prepare, request, request_id, model, call)
+            resolved, completions, submit = await self._workers.run(self._prepare, request, request_id, model, call)
             stream = self._link.submit(submit)
-            with Generation(self._link, stream, resolved, model, clock=self._clock, finish_timeout_s=self._finish_timeout_s) as generation:
+            with Generation(
+                self._link, stream, resolved, completions, clock=self._clock, finish_timeout_s=self._finish_timeout_s
+            ) as generation:
                 running = _Running(call, resolved, model, generation)
                 try:
                     yield running
@@ -139,7 +149,7 @@ class InferenceService(InferenceServiceServicer):
 
     def _prepare(
         self, request: inference_pb2.GenerateRequest, request_id: str, model: ServedModel, call: "_Call"
-    ) -> tuple[ResolvedRequest, Submit]:
+    ) -> tuple[ResolvedRequest, list[Completion], Submit]:
         """On a worker thread: everything whose cost grows with the request."""
         checked = check_fields(request, model, request_id=request_id)
         limits = self._link.limits_of(model.name)
@@ -151,6 +161,7 @@ class InferenceService(InferenceServiceServicer):
             vocab_size=model.vocab_size,
             drawn_seed=secrets.randbits(64),
         )
+        completions = start_completions(resolved, model)
         age_s = self._clock() - call.arrival_s
         submit = make_submit(
             resolved,
@@ -160,17 +171,25 @@ class InferenceService(InferenceServiceServicer):
             time_left_s=call.time_left_s - age_s,
             age_s=age_s,
         )
-        return resolved, submit
+        return resolved, completions, submit
+
+    async def _prompt_logprobs(self, running: "_Running") -> list[inference_pb2.TokenLogprobs]:
+        """Those of a request that has its first news, if it asks for them."""
+        entries = running.generation.prompt_entries
+        if not entries:
+            return []
+        text_of = running.model.tokenizer.detokenizers.text_of
+        return await self._workers.run(logprob_messages, running.request.prompt_ids[1:], entries, text_of=text_of)
 
     def _log_end(self, running: "_Running", submit: Submit) -> None:
-        end = running.generation.end
+        account = running.generation.account
         log.info(
             "request %s (%s) model %s: %d prompt tokens, %s in %.3f s",
             running.request.request_id,
             submit.request_id,
             running.model.name,
             len(submit.prompt_ids),
-            f"{end.usage.num_completion_tokens} generated, {end.reason.name}" if end is not None else "not completed",
+            f"{account.usage.num_completion_tokens} generated" if account is not None else "not completed",
             self._clock() - running.call.arrival_s,
         )
 
@@ -216,66 +235,102 @@ class _Running:
         self.model = model
         self.generation = generation
 
-    def stream_response(self, piece: Piece, *, now_s: float) -> inference_pb2.GenerateStreamResponse:
-        """One message of a stream; the last one has the account."""
+    def stream_response(
+        self, news: News, prompt_logprobs: list[inference_pb2.TokenLogprobs], *, now_s: float
+    ) -> inference_pb2.GenerateStreamResponse:
+        """One message of a stream; the last one of a sequence has its end, the last of all the account."""
         response = inference_pb2.GenerateStreamResponse(
-            request_id=self.request.request_id, model=self.model.name, index=0, text_delta=piece.text, token_ids=piece.token_ids
+            request_id=self.request.request_id,
+            model=self.model.name,
+            index=news.index,
+            text_delta=news.piece.text,
+            token_ids=news.piece.token_ids,
+            logprobs=self.logprobs(news),
+            prompt_logprobs=prompt_logprobs,
         )
-        end = self.generation.end
-        if end is not None:
-            response.finish_reason = _FINISH_REASONS[end.reason]
-            _set_stop_cause(response, end)
-            if end.cumulative_logprob is not None:
-                response.cumulative_logprob = end.cumulative_logprob
-            response.usage.CopyFrom(_usage(end))
-            response.timings.CopyFrom(self._timings(end, now_s=now_s))
+        if news.end is not None:
+            _set_end(response, news.end)
+        account = self.generation.account
+        if account is not None:
+            response.usage.CopyFrom(_usage(account))
+            response.timings.CopyFrom(self._timings(account, now_s=now_s))
             response.seed = self.request.sampling.seed
         return response
 
-    def whole_response(self, pieces: list[Piece], *, now_s: float) -> inference_pb2.GenerateResponse:
+    def whole_response(self, collected: "_Collected", *, now_s: float) -> inference_pb2.GenerateResponse:
         """The answer of Generate: the stream, collected."""
-        end = self.generation.end
-        assert end is not None, "the last piece has come"
-        completion = inference_pb2.Completion(
-            index=0,
-            text="".join(piece.text for piece in pieces),
-            token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
-            finish_reason=_FINISH_REASONS[end.reason],
-            cumulative_logprob=end.cumulative_logprob,
-        )
-        _set_stop_cause(completion, end)
+        account = self.generation.account
+        assert account is not None, "the last news have come"
         return inference_pb2.GenerateResponse(
             request_id=self.request.request_id,
             model=self.model.name,
-            completions=[completion],
-            usage=_usage(end),
-            timings=self._timings(end, now_s=now_s),
+            completions=collected.completions(),
+            usage=_usage(account),
+            timings=self._timings(account, now_s=now_s),
             seed=self.request.sampling.seed,
+            prompt_logprobs=collected.prompt_logprobs,
         )
 
-    def _timings(self, end: End, *, now_s: float) -> inference_pb2.Timings:
+    def logprobs(self, news: News) -> list[inference_pb2.TokenLogprobs]:
+        """Those of the news' tokens, if the client asks for them."""
+        if not self.request.shows_logprobs:
+            return []
+        return logprob_messages(news.piece.token_ids, news.piece.entries, text_of=self.model.tokenizer.detokenizers.text_of)
+
+    def _timings(self, account: Account, *, now_s: float) -> inference_pb2.Timings:
         first_token_s = self.generation.first_token_s
         return inference_pb2.Timings(
-            queue=duration_of(end.queue_s),
-            prefill=duration_of(end.prefill_s),
-            decode=duration_of(end.decode_s),
-            preempted=duration_of(end.preempted_s),
+            queue=duration_of(account.spans.queue_s),
+            prefill=duration_of(account.spans.prefill_s),
+            decode=duration_of(account.spans.decode_s),
+            preempted=duration_of(account.spans.preempted_s),
             time_to_first_token=None if first_token_s is None else duration_of(first_token_s - self.call.arrival_s),
             total=duration_of(now_s - self.call.arrival_s),
-            preemption_count=end.num_preemptions,
+            preemption_count=account.num_preemptions,
         )
 
 
-def _set_stop_cause(answer: inference_pb2.GenerateStreamResponse | inference_pb2.Completion, end: End) -> None:
+class _Collected:
+    """The sequences of a request, as far as they have come."""
+
+    def __init__(self) -> None:
+        self._completions: dict[int, inference_pb2.Completion] = {}
+        self._texts: dict[int, list[str]] = {}
+        self.prompt_logprobs: list[inference_pb2.TokenLogprobs] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._completions
+
+    def add(self, news: News, logprobs: list[inference_pb2.TokenLogprobs]) -> None:
+        """What follows of one sequence."""
+        completion = self._completions.setdefault(news.index, inference_pb2.Completion(index=news.index))
+        self._texts.setdefault(news.index, []).append(news.piece.text)
+        completion.token_ids.extend(news.piece.token_ids)
+        completion.logprobs.extend(logprobs)
+        if news.end is not None:
+            _set_end(completion, news.end)
+
+    def completions(self) -> list[inference_pb2.Completion]:
+        """All that came, by index."""
+        for index, completion in self._completions.items():
+            completion.text = "".join(self._texts[index])
+        return [self._completions[index] for index in sorted(self._completions)]
+
+
+def _set_end(answer: inference_pb2.GenerateStreamResponse | inference_pb2.Completion, end: SequenceEnd) -> None:
+    answer.finish_reason = _FINISH_REASONS[end.reason]
     if end.stop_string is not None:
         answer.stop_cause.string = end.stop_string
     elif end.stop_id is not None:
         answer.stop_cause.token_id = end.stop_id
+    if end.cumulative_logprob is not None:
+        answer.cumulative_logprob = end.cumulative_logprob
 
 
-def _usage(end: End) -> inference_pb2.Usage:
+def _usage(account: Account) -> inference_pb2.Usage:
     return inference_pb2.Usage(
-        prompt_token_count=end.usage.num_prompt_tokens,
-        cached_token_count=end.usage.num_cached_tokens,
-        completion_token_count=end.usage.num_completion_tokens,
+        prompt_token_count=account.usage.num_prompt_tokens,
+        cached_token_count=account.usage.num_cached_tokens,
+        completion_token_count=account.usage.num_completion_tokens,
     )

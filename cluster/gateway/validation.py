@@ -5,7 +5,6 @@ tokens. Every entry point uses both. What they cost grows with the request, so t
 """
 
 import json
-import math
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,10 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from quire.cluster.gateway.request_fields import REFUSED, not_supported, refuse_unsupported
+from quire.cluster.gateway.field_checks import check_token_ids
+from quire.cluster.gateway.request_fields import refuse_unsupported
+from quire.cluster.gateway.sampling_fields import bad_words, check_drawable, sampling_state
+from quire.cluster.gateway.sequence_fields import SequenceCounts, check_fits_beams, sequence_counts
 from quire.cluster.gateway.served_model import ServedModel
 from quire.common.errors import InvalidRequest
 from quire.common.messages import SamplingState
@@ -26,7 +28,9 @@ MAX_STOP_STRING_CHARS: Final = 256
 MAX_TOOL_CALLS: Final = 4096  # of a whole conversation
 MAX_JSON_DEPTH: Final = 64  # templates and our own walks recurse; 600 levels are more than Python's stack takes
 MAX_ROLE_CHARS: Final = 64
-MAX_TEMPERATURE: Final = 100.0
+# Entries (tokens and the most likely ones beside them) of the log probabilities of a prompt, about 30 bytes each: they travel in
+# one message, and clients take 4 MiB by default.
+MAX_PROMPT_ENTRIES: Final = 65_536
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -55,6 +59,10 @@ class CheckedFields:
     request_id: str
     prompt: Prompt
     sampling: SamplingState  # seed and min_tokens are as the client gave them, else 0
+    counts: SequenceCounts
+    priority: int  # 1 low, 2 normal, 3 high
+    shows_logprobs: bool
+    echo_prompt: bool
     seed: int | None
     max_tokens: int | None
     stop_strings: tuple[str, ...]
@@ -71,6 +79,10 @@ class ResolvedRequest:
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingState
+    counts: SequenceCounts
+    priority: int
+    shows_logprobs: bool  # a best_of has them computed, but does not show them
+    echo_prompt: bool
     max_tokens: int
     stop_strings: tuple[str, ...]
     include_stop_string: bool
@@ -110,23 +122,32 @@ def check_fields(request: inference_pb2.GenerateRequest, model: ServedModel, *, 
         NotSupported: a field is set that no code honours yet.
         InvalidRequest: a value is outside its limits.
     """
-    _check_enum(request)
-    for name in ("n", "best_of"):
-        if request.HasField(name) and getattr(request, name) == 0:
-            raise InvalidRequest(f"{name} is 0; it must be at least 1", field=name)
     if len(request.token_ids.ids) > model.max_model_len:  # before millions of them are looked at
         raise _too_long(len(request.token_ids.ids), LengthLimit(model.max_model_len, "max_model_len"))
     refuse_unsupported(request)
-    stopping = request.stopping
+    stopping, output = request.stopping, request.output
+    sampling = replace(sampling_state(request, model), min_tokens=stopping.min_tokens, stop_ids=_stop_ids(stopping, model))
+    counts = sequence_counts(request, is_greedy=sampling.temperature == 0)
+    if counts.beam is not None:
+        check_fits_beams(request)
+    elif not counts.are_all_returned and sampling.num_logprobs is None:
+        sampling = replace(sampling, num_logprobs=0)  # by which the best are found
+    check_drawable(sampling, logits_size=model.logits_size)
+    stop_strings = _stop_strings(stopping)
+    bad_ids, bad_sequences = bad_words(request.sampling.bad_words, model)
     return CheckedFields(
         request_id=request_id,
         prompt=_prompt(request, model),
-        sampling=replace(_sampling(request.sampling, model), min_tokens=stopping.min_tokens, stop_ids=_stop_ids(stopping, model)),
+        sampling=replace(sampling, bad_ids=tuple(dict.fromkeys((*sampling.bad_ids, *bad_ids))), bad_sequences=bad_sequences),
+        counts=counts,
+        priority=_priority(request),
+        shows_logprobs=output.HasField("logprobs"),
+        echo_prompt=output.echo_prompt,
         seed=request.sampling.seed if request.sampling.HasField("seed") else None,
         max_tokens=_max_tokens(stopping),
-        stop_strings=_stop_strings(stopping),
+        stop_strings=stop_strings,
         include_stop_string=stopping.include_stop_string,
-        skip_special_tokens=request.output.skip_special_tokens if request.output.HasField("skip_special_tokens") else True,
+        skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
         cache_salt=check_name(request, "cache_salt") or "",
     )
 
@@ -166,10 +187,15 @@ def resolve(checked: CheckedFields, prompt_ids: Sequence[int], *, limit: LengthL
             field="stopping.min_tokens",
             metadata={"min_tokens": str(min_tokens), "max_tokens": str(max_tokens)},
         )
+    _check_prompt_entries(checked.sampling.num_prompt_logprobs, num_prompt_tokens=len(prompt_ids))
     return ResolvedRequest(
         request_id=checked.request_id,
         prompt_ids=tuple(prompt_ids),
         sampling=replace(checked.sampling, seed=drawn_seed if checked.seed is None else checked.seed),
+        counts=checked.counts,
+        priority=checked.priority,
+        shows_logprobs=checked.shows_logprobs,
+        echo_prompt=checked.echo_prompt,
         max_tokens=max_tokens,
         stop_strings=checked.stop_strings,
         include_stop_string=checked.include_stop_string,
@@ -223,18 +249,6 @@ def check_num_chars(num_chars: int, model: ServedModel, *, field: str) -> None:
             reason="PROMPT_TOO_LONG",
             field=field,
             metadata={"chars": str(num_chars), "max_chars": str(max_chars)},
-        )
-
-
-def check_token_ids(token_ids: Sequence[int], *, below: int, field: str, what: str) -> None:
-    """Refuse ids that the model has no row for."""
-    if token_ids and max(token_ids) >= below:
-        token_id = max(token_ids)
-        raise InvalidRequest(
-            f"{what} holds token id {token_id}; this model's ids are below {below}",
-            reason="UNKNOWN_TOKEN_ID",
-            field=field,
-            metadata={"token_id": str(token_id), "limit": str(below)},
         )
 
 
@@ -316,40 +330,25 @@ def _too_deep(field: str) -> InvalidRequest:
     )
 
 
-# -- sampling ---------------------------------------------------------------------------------------------------------
+# -- the queue, what comes back ----------------------------------------------------------------------------------------
 
 
-def _check_enum(request: inference_pb2.GenerateRequest) -> None:
-    if request.HasField("priority") and request.priority not in inference_pb2.Priority.values():
+def _priority(request: inference_pb2.GenerateRequest) -> int:
+    """The number of a class is that of its enum value; without one it is the normal class."""
+    if request.priority not in inference_pb2.Priority.values():
         raise InvalidRequest(f"priority {int(request.priority)} is not one of low, normal, high", field="priority")
+    return int(request.priority) or int(inference_pb2.PRIORITY_NORMAL)
 
 
-def _sampling(given: inference_pb2.SamplingParams, model: ServedModel) -> SamplingState:
-    def pick(name: str, neutral: float) -> float:
-        for source in (given, model.default_sampling):
-            if source.HasField(name):  # type: ignore[arg-type]  # the stubs take literal names only
-                return float(getattr(source, name))
-        return neutral
-
-    for name in ("typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        neutral = REFUSED[f"sampling.{name}"]
-        if pick(name, float(str(neutral[0]))) not in neutral:
-            why = f"; this model's generation_config sets it to {pick(name, 0.0):g}"
-            raise not_supported(f"sampling.{name}", instead=neutral[-1], why=why)
-    temperature = _in_range("temperature", pick("temperature", 1.0), low=0.0, high=MAX_TEMPERATURE)
-    return SamplingState(
-        temperature=temperature,
-        top_k=int(pick("top_k", 0)),
-        top_p=_in_range("top_p", pick("top_p", 1.0), low=0.0, high=1.0, excludes_low=True),
-        min_p=_in_range("min_p", pick("min_p", 0.0), low=0.0, high=1.0),
-    )
-
-
-def _in_range(name: str, value: float, *, low: float, high: float, excludes_low: bool = False) -> float:
-    if not math.isfinite(value) or not low <= value <= high or (excludes_low and value == low):
-        first = f"above {low:g}" if excludes_low else f"{low:g}"
-        raise InvalidRequest(f"{name} is {value:g}; it takes {first} to {high:g}", field=f"sampling.{name}", metadata={name: f"{value:g}"})
-    return value
+def _check_prompt_entries(num_top: int | None, *, num_prompt_tokens: int) -> None:
+    num_entries = num_prompt_tokens * (1 + num_top) if num_top is not None else 0
+    if num_entries > MAX_PROMPT_ENTRIES:
+        text = (
+            f"prompt_logprobs is {num_top} and prompt has {num_prompt_tokens} tokens, {num_entries} log probabilities together; "
+            f"one answer takes {MAX_PROMPT_ENTRIES}; lower prompt_logprobs or shorten the prompt"
+        )
+        numbers = {"prompt_tokens": str(num_prompt_tokens), "prompt_logprobs": str(num_top), "limit": str(MAX_PROMPT_ENTRIES)}
+        raise InvalidRequest(text, field="output.prompt_logprobs", metadata=numbers)
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------------

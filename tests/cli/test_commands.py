@@ -63,8 +63,9 @@ def test_generate_maps_its_flags(server: FakeServer, tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object"}')
     flags = "--temperature 0 --seed 5 --stop a --stop b --stop-token-ids 1,2 --logit-bias 7=-1.5 --ignore-eos --no-skip-special-tokens"
-    more = f"--priority high --json-schema @{schema} --early-stopping never --cache-salt s"
-    done = quire("generate", "x", *flags.split(), *more.split(), address=server.address)
+    more = f"--priority high --json-schema @{schema} --early-stopping never --cache-salt s --beams 4"
+    last = "--repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 0.5 --logprobs 3"
+    done = quire("generate", "x", *flags.split(), *more.split(), *last.split(), address=server.address)
     assert done.returncode == 0
     request = server.requests[0]
     assert request.sampling.HasField("temperature")
@@ -73,7 +74,10 @@ def test_generate_maps_its_flags(server: FakeServer, tmp_path: Path) -> None:
     assert request.stopping.ignore_eos
     assert not request.output.skip_special_tokens
     assert request.output.HasField("skip_special_tokens")
-    assert (request.priority, request.beam_search.early_stopping) == (3, 3)
+    assert (request.priority, request.beam_search.early_stopping, request.beam_search.beam_count) == (3, 3, 4)
+    sampling = request.sampling
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -1, 0.5)
+    assert request.output.logprobs == 3
     assert request.structured_output.json_schema == '{"type": "object"}'
     assert not request.HasField("n")
 

@@ -255,6 +255,27 @@ def put(message: ProtoMessage, path: tuple[str, ...], *, filled: bool) -> None:
         setattr(message, path[-1], "a" if isinstance(field, str) else b"a" if isinstance(field, bytes) else type(field)(1))
 
 
+def test_choices_carry_their_own_index_log_probabilities_and_their_sum() -> None:
+    def entry(token_id: int, logprob: float) -> inference_pb2.TokenLogprobs:
+        token = inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob, rank=1, text="a")
+        return inference_pb2.TokenLogprobs(token=token, top=[token])
+
+    response = inference_pb2.GenerateResponse(
+        completions=[
+            inference_pb2.Completion(index=0, token_ids=[5], logprobs=[entry(5, -0.5)], cumulative_logprob=-0.5),
+            inference_pb2.Completion(index=1, token_ids=[6]),
+        ],
+        prompt_logprobs=[entry(7, -2.0)],
+    )
+    first, second = wire.generation(response).choices
+    (logprobs,) = first.logprobs
+    assert (first.index, logprobs.token.token_id, logprobs.token.logprob, logprobs.top) == (0, 5, -0.5, (logprobs.token,))
+    assert (first.cumulative_logprob, second.cumulative_logprob, second.logprobs) == (-0.5, None, ())
+    assert [each.token.token_id for each in wire.generation(response).prompt_logprobs] == [7]
+    news = inference_pb2.GenerateStreamResponse(index=2, logprobs=[entry(5, -0.5)], cumulative_logprob=0.0)
+    assert (wire.delta(news).index, wire.delta(news).logprobs, wire.delta(news).cumulative_logprob) == (2, (logprobs,), 0.0)
+
+
 def test_durations_become_seconds() -> None:
     timings = inference_pb2.Timings(total=duration_pb2.Duration(seconds=1, nanos=500_000_000), queue=duration_pb2.Duration(nanos=1))
     parsed = wire.generation(inference_pb2.GenerateResponse(timings=timings)).timings

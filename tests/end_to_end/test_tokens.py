@@ -137,7 +137,9 @@ def test_a_bad_request_is_refused_with_its_numbers_and_nothing_is_lost(tiny: str
         call = client.generate if transport == "generate" else lambda *args, **options: list(client.stream(*args, **options))
         with pytest.raises(InvalidRequest, match="300"):
             call([5] * 300, max_tokens=1)
-        with pytest.raises(NotSupported, match="n"):
-            call([5], max_tokens=1, n=3)
+        with pytest.raises(InvalidRequest, match="n is 9; it takes 1 to 8"):
+            call([5], max_tokens=1, n=9)
+        with pytest.raises(NotSupported, match="structured_output"):
+            call([5], max_tokens=1, regex="a")
         assert client.cluster.groups()[0].gpu_blocks.num_held == 0
         assert len(client.generate([5], max_tokens=3, ignore_eos=True).token_ids) == 3

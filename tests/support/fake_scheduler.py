@@ -23,7 +23,9 @@ from quire.common.messages import (
     Finish,
     Finished,
     Hello,
+    Logprobs,
     ModelLimits,
+    PromptLogprobs,
     Rejected,
     SessionDown,
     SessionUp,
@@ -53,6 +55,18 @@ class Script:
     group_sizes: Sequence[int] = ()  # tokens per message; 1 each when not given
     delay_s: float = 0.0  # before each message
     ends: bool = True  # False: after its tokens it goes on for ever
+    others: Sequence[Sequence[int]] = ()  # token ids of the request's further sequences; those of the first when not given
+    logprob: Callable[[int, int], float] = lambda sequence, offset: -1.0  # of each token, for requests that ask
+
+
+@dataclass
+class Answer:
+    """What a request was told so far."""
+
+    submit: Submit
+    open: list[int]  # sequences that have not ended
+    num_tokens: int = 0  # of those that have
+    task: asyncio.Task[None] | None = None
 
 
 @dataclass
@@ -80,14 +94,14 @@ class FakeScheduler:
         assert isinstance(endpoint, bytes)
         self.address = endpoint.decode()
         self._handles: dict[tuple[str, int], int] = {}
-        self._answers: dict[int, asyncio.Task[None]] = {}
+        self._answers: dict[int, Answer] = {}
         self._changed = asyncio.Event()
         self.gateway = b""
         self._loop_task = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [self._loop_task, *self._answers.values()]
+        tasks = [self._loop_task, *(answer.task for answer in self._answers.values() if answer.task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -114,15 +128,27 @@ class FakeScheduler:
     async def welcome(self) -> None:
         await self.send(Welcome(self.version, self.scheduler_id, self.limits, self.session))
 
-    async def send_tokens(self, handle: int, *, offset: int, token_ids: Sequence[int]) -> None:
-        await self.send(Tokens((handle,), (0,), (offset,), (len(token_ids),), tuple(token_ids)))
+    async def send_tokens(
+        self, handle: int, *, offset: int, token_ids: Sequence[int], sequence: int = 0, logprobs: Logprobs | None = None
+    ) -> None:
+        columns = ((0, logprobs),) if logprobs is not None else ()
+        await self.send(Tokens((handle,), (sequence,), (offset,), (len(token_ids),), tuple(token_ids), columns))
 
     async def send_finished(
-        self, handle: int, submit: Submit, *, num_tokens: int, reason: EndReason = EndReason.STOP, stop_id: int | None = None
+        self,
+        handle: int,
+        submit: Submit,
+        *,
+        num_tokens: int,
+        reason: EndReason = EndReason.STOP,
+        stop_id: int | None = None,
+        sequence: int = 0,
+        is_last: bool = True,
     ) -> None:
+        """num_tokens: of all sequences that ended so far"""
         usage = UsageCounts(len(submit.prompt_ids), len(submit.prompt_ids) // 2, num_tokens)
         spans = Spans(0.25, 0.5, 1.0, 0.125)
-        await self.send(Finished(handle, 0, reason, stop_id, True, usage, spans, 3, self.cumulative_logprob))
+        await self.send(Finished(handle, sequence, reason, stop_id, is_last, usage, spans, 3, self.cumulative_logprob))
 
     async def reject(self, submit: Submit, code: StatusCode, reason: str, message: str, *, retry_after_s: float | None = None) -> None:
         numbers = {"waiting_requests": "4096"}
@@ -148,31 +174,69 @@ class FakeScheduler:
                         self.on_submit(self, message, handle)
                     else:
                         await self.send(Accepted(message.request_id, message.attempt, handle))
-                        self._answers[handle] = asyncio.create_task(self._answer(message, handle))
+                        count = message.n if message.beam is not None else len(message.sequences)
+                        answer = self._answers[handle] = Answer(message, list(range(count)))
+                        answer.task = asyncio.create_task(self._answer(answer, handle))
                 case Finish() | Cancel():
                     known = self._handles.get((message.request_id, message.attempt))
-                    answer = self._answers.pop(known, None) if known is not None else None
-                    if known is not None and answer is not None:
-                        answer.cancel()
-                        if isinstance(message, Finish):
-                            submit = next(m for m in self.of_kind(Submit) if m.request_id == message.request_id)
-                            await self.send_finished(known, submit, num_tokens=message.kept_tokens)
+                    told = self._answers.get(known) if known is not None else None
+                    if known is None or told is None or told.task is None:
+                        continue
+                    if isinstance(message, Finish):
+                        if message.sequence in told.open:
+                            await self._end(told, known, message.sequence, num_tokens=message.kept_tokens)
+                    else:
+                        told.open.clear()
+                    if not told.open:
+                        told.task.cancel()
 
-    async def _answer(self, submit: Submit, handle: int) -> None:
+    async def _answer(self, answer: Answer, handle: int) -> None:
+        """All its sequences in turns, a message each."""
+        submit = answer.submit
         script = self.script(submit)
-        token_ids = list(script.token_ids)[: submit.max_tokens]
-        offset = 0
+        others = [*script.others] or [script.token_ids] * len(answer.open)
+        texts = {index: list([script.token_ids, *others][index])[: submit.max_tokens] for index in answer.open}
+        if submit.sampling.num_prompt_logprobs is not None:
+            await self.send(PromptLogprobs(handle, 1, self._logprobs(submit.prompt_ids[1:], [-2.0] * (len(submit.prompt_ids) - 1))))
+        offsets = dict.fromkeys(answer.open, 0)
         sizes = iter(script.group_sizes)
-        while offset < len(token_ids):
+        while any(offsets[index] < len(texts[index]) for index in answer.open):
             await asyncio.sleep(script.delay_s)
             size = next(sizes, 1)
-            await self.send_tokens(handle, offset=offset, token_ids=token_ids[offset : offset + size])
-            offset += size
+            for index in list(answer.open):
+                offset, token_ids = offsets[index], texts[index]
+                news = token_ids[offset : offset + size]
+                values = [script.logprob(index, offset + place) for place in range(len(news))]
+                asks = submit.sampling.num_logprobs is not None
+                columns = self._logprobs(news, values) if asks else None
+                await self.send_tokens(handle, offset=offset, token_ids=news, sequence=index, logprobs=columns)
+                offsets[index] += len(news)
+                if script.ends and news and offsets[index] == len(token_ids):
+                    await self._end_by_script(answer, handle, index, token_ids)
         if not script.ends:
             await asyncio.Event().wait()
+        for index in list(answer.open):  # those without tokens
+            await self._end_by_script(answer, handle, index, texts[index])
+
+    async def _end_by_script(self, answer: Answer, handle: int, index: int, token_ids: Sequence[int]) -> None:
+        submit = answer.submit
         stop_id = token_ids[-1] if token_ids and token_ids[-1] in submit.sampling.stop_ids else None
         reason = EndReason.LENGTH if len(token_ids) == submit.max_tokens and stop_id is None else EndReason.STOP
-        await self.send_finished(handle, submit, num_tokens=len(token_ids), reason=reason, stop_id=stop_id)
+        await self._end(answer, handle, index, num_tokens=len(token_ids), reason=reason, stop_id=stop_id)
+
+    async def _end(self, answer: Answer, handle: int, index: int, *, num_tokens: int, **how: Any) -> None:
+        answer.open.remove(index)
+        answer.num_tokens += num_tokens
+        await self.send_finished(handle, answer.submit, num_tokens=answer.num_tokens, sequence=index, is_last=not answer.open, **how)
+
+    def _logprobs(self, token_ids: Sequence[int], values: Sequence[float]) -> Logprobs:
+        """Each token is the most likely one, and id 7 the only other."""
+        return Logprobs(
+            tuple(values),
+            (1,) * len(token_ids),
+            tuple((token_id, 7) for token_id in token_ids),
+            tuple((value, value - 1.0) for value in values),
+        )
 
 
 def model_entry(

@@ -141,9 +141,11 @@ class GenerateRequest(_message.Message):
     truncate_prompt_tokens: _builtins.int
     """Keep only this many last tokens of the prompt."""
     n: _builtins.int
-    """Number of sequences to return, each with its own index. Default 1."""
+    """Number of sequences to return, each with its own index. At most 8, and 1 if temperature is 0. Default 1."""
     best_of: _builtins.int
-    """Number of sequences to generate, of which the n with the highest mean log probability are returned. Default n."""
+    """Number of sequences to generate, of which the n with the highest log probability are returned, best first, when all
+    have ended. At most 8. Default n.
+    """
     priority: Global___Priority.ValueType
     """Priority class in the queue. Default NORMAL."""
     cache_salt: _builtins.str
@@ -412,7 +414,7 @@ class SamplingParams(_message.Message):
     typical_p: _builtins.float
     """Locally typical sampling: keeps the tokens closest to the expected information up to this mass. Above 0 to 1; default 1."""
     repetition_penalty: _builtins.float
-    """Divides (or multiplies, when negative) the logits of tokens already in prompt or completion. Above 0; default 1."""
+    """Divides (or multiplies, when negative) the logits of tokens already in prompt or completion. 0.01 to 100; default 1."""
     presence_penalty: _builtins.float
     """Taken from the logits of tokens already in the completion. -2 to 2; default 0."""
     frequency_penalty: _builtins.float
@@ -425,15 +427,15 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def allowed_token_ids(self) -> Global___TokenIds:
-        """Only these tokens may be drawn."""
+        """Only these tokens may be drawn. At most 1024."""
 
     @_builtins.property
     def bad_token_ids(self) -> Global___TokenIds:
-        """These tokens are never drawn."""
+        """These tokens are never drawn. At most 1024."""
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Word sequences that are never completed."""
+        """Word sequences that are never completed. At most 300, of 256 characters."""
 
     def __init__(
         self,
@@ -617,7 +619,7 @@ class BeamSearchParams(_message.Message):
     beam_count: _builtins.int
     """Number of beams. 2 to 16."""
     length_penalty: _builtins.float
-    """Exponent of the length by which a beam's score is divided. Default 1."""
+    """Exponent of the length by which a beam's score is divided. -10 to 10; default 1."""
     early_stopping: Global___EarlyStopping.ValueType
     """When the search may end before no better beam can follow. Default HEURISTIC."""
     def __init__(
@@ -745,7 +747,7 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """Log probabilities of the prompt, if asked for; the first token has none."""
+        """Log probabilities of the prompt, if asked for, from its second token on."""
 
     def __init__(
         self,

@@ -182,3 +182,17 @@ def test_bytes_that_are_no_text_cost_linear_time() -> None:
     text = "".join(detokenizer.push([byte_id]) for _ in range(5000)) + detokenizer.flush()
     assert text == "\ufffd" * 5000
     assert calls < 10 * 5000
+
+
+def test_the_text_of_one_token_has_its_space_and_no_half_characters() -> None:
+    tokenizer = demo_tokenizer()
+    factory = DetokenizerFactory(tokenizer)
+    assert [factory.text_of(token_id) for token_id in tokenizer.encode(" fox").ids] == [" fox"]
+    assert "\ufffd" in factory.text_of(tokenizer.encode("😀").ids[0])
+    tokenizer = byte_fallback_tokenizer()
+    factory = DetokenizerFactory(tokenizer)
+    first, *_ = tokenizer.encode("the", add_special_tokens=False).ids
+    assert factory.text_of(first).startswith(" ")
+    byte_id = tokenizer.token_to_id("<0xE4>")
+    assert byte_id is not None
+    assert factory.text_of(byte_id) == "\ufffd"

@@ -57,6 +57,14 @@ def reason_of(stream: SchedulerStream) -> str | None:
     return stream.error.reason if stream.error is not None else None
 
 
+async def until_tokens(stream: SchedulerStream) -> None:
+    await until(lambda: bool(stream.sequences[0].unsent))
+
+
+async def until_over(stream: SchedulerStream) -> None:
+    await until(lambda: stream.is_over)
+
+
 class FailingReceive:
     """zmq's Socket.recv, which raises as often as it was told to."""
 
@@ -87,21 +95,21 @@ async def test_bad_messages_in_a_row_end_the_session_and_a_new_one_begins() -> N
     scheduler = FakeScheduler(script=lambda _: NEVER_ENDS)
     async with linked(scheduler, max_bad_messages=3) as link:
         stream = link.submit(submit("a"))
-        await stream.wait()
+        await until_tokens(stream)
         for _ in range(2):  # a good one between them starts the count again
             for _ in range(2):
                 await scheduler.send_raw(b"not a message")
             await scheduler.welcome()
         await scheduler.send_tokens(0, offset=1, token_ids=[7])
-        await until(lambda: stream.num_received == 2)
+        await until(lambda: stream.sequences[0].num_received == 2)
         assert link.is_up
         for _ in range(3):
             await scheduler.send_raw(b"not a message")
-        await stream.wait_until_over()
+        await until_over(stream)
         assert reason_of(stream) == "SCHEDULER_LOST"
         await scheduler.wait_for(Hello, count=2)
         await until(lambda: link.is_up)
-        await link.submit(submit("b")).wait()
+        await until_tokens(link.submit(submit("b")))
 
 
 async def test_a_link_whose_loop_fails_loses_its_requests_and_is_opened_anew(
@@ -111,16 +119,16 @@ async def test_a_link_whose_loop_fails_loses_its_requests_and_is_opened_anew(
     scheduler = FakeScheduler(script=lambda _: NEVER_ENDS)
     async with linked(scheduler, first_backoff_s=0.01, max_failures=3) as link:
         stream = link.submit(submit("a"))
-        await stream.wait()
+        await until_tokens(stream)
         receive.num_failures_left = 3
         await scheduler.welcome()  # after which the loop receives again
-        await stream.wait_until_over()
+        await until_over(stream)
         assert reason_of(stream) == "SCHEDULER_LOST"
         with pytest.raises(Unavailable):
             link.submit(submit("b"))
         await until(lambda: link.is_up)
         assert receive.num_failures_left == 0
-        await link.submit(submit("c")).wait()
+        await until_tokens(link.submit(submit("c")))
         assert [message.request_id for message in scheduler.of_kind(Submit)] == ["a", "c"]
     assert "the link to the scheduler failed: KeyError in quire.cluster.gateway.scheduler_link._receive" in caplog.text
     assert "secret" not in caplog.text
@@ -157,7 +165,7 @@ async def test_a_link_that_closes_cancels_what_is_in_flight() -> None:
     scheduler = FakeScheduler(script=lambda _: NEVER_ENDS)
     async with linked(scheduler) as link:
         stream = link.submit(submit("a"))
-        await stream.wait()
+        await until_tokens(stream)
         await link.close()
         assert (await scheduler.wait_for(Cancel)).request_id == "a"
         assert reason_of(stream) == "CANCELLED"
@@ -168,7 +176,7 @@ async def test_a_welcome_of_another_session_means_that_everything_is_lost() -> N
     scheduler = FakeScheduler(script=lambda _: NEVER_ENDS)
     async with linked(scheduler) as link:
         running = link.submit(submit("a"))
-        await running.wait()
+        await until_tokens(running)
         await scheduler.welcome()  # of the same session: only the limits changed
         scheduler.on_submit = lambda *_: None
         silent = link.submit(submit("b"))
@@ -177,21 +185,21 @@ async def test_a_welcome_of_another_session_means_that_everything_is_lost() -> N
         scheduler.session += 1
         await scheduler.welcome()
         for stream in (running, silent):
-            await stream.wait_until_over()
+            await until_over(stream)
             assert isinstance(stream.error, Unavailable)
             assert reason_of(stream) == "SCHEDULER_LOST"
         await scheduler.wait_for(Cancel, count=2)  # the new session may have taken what was on its way
         assert {message.request_id for message in scheduler.of_kind(Cancel)} == {"a", "b"}
         assert (link.is_up, link.num_requests, len(scheduler.of_kind(Hello))) == (True, 0, 1)
         scheduler.on_submit = None
-        await link.submit(submit("c")).wait()
+        await until_tokens(link.submit(submit("c")))
 
 
 async def test_cancels_that_wait_to_leave_outlive_a_session() -> None:
     scheduler = FakeScheduler(script=lambda _: NEVER_ENDS)
     async with linked(scheduler) as link:
         stream = link.submit(submit("a"))
-        await stream.wait()
+        await until_tokens(stream)
         link.cancel(stream, reason="test")
         link._on_welcome(Welcome(PROTOCOL_VERSION, scheduler.scheduler_id, LIMITS, scheduler.session + 1))
         assert (await scheduler.wait_for(Cancel)).request_id == "a"

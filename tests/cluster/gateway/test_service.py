@@ -21,7 +21,7 @@ from quire.cluster.gateway.scheduler_link import LinkBounds
 from quire.cluster.rich_status import status_of
 from quire.common.errors import StatusCode
 from quire.common.hashing import cache_root, hash_full_blocks
-from quire.common.messages import Accepted, Cancel, Finish, Hello, Logprobs, ModelLimits, PromptLogprobs, Submit, Tokens
+from quire.common.messages import Accepted, BeamSearch, Cancel, Finish, Hello, Logprobs, ModelLimits, PromptLogprobs, Submit, Tokens
 from quire.internal.v1 import discovery_pb2
 from quire.v1 import cluster_pb2, inference_pb2
 from quire.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, OutputParams, SamplingParams, StoppingParams, TokenIds
@@ -95,7 +95,7 @@ async def test_the_scheduler_gets_everything_resolved(running: Running) -> None:
     assert [(start.index, start.resumed_ids) for start in submit.sequences] == [(0, ())]
     assert submit.max_tokens == 2048 - 35
     assert (submit.sampling.temperature, submit.sampling.top_p, submit.sampling.top_k, submit.sampling.stop_ids) == (0.8, 0.95, 5, (0,))
-    assert 15 < submit.time_left_s <= 20
+    assert 15 < submit.time_left_s <= 20.1  # gRPC rounds timeouts of this length up to tenths of a second
     assert 0 <= submit.age_s < 5
     await running.inference.Generate(GenerateRequest(text="x"), timeout=10_000)  # a longer deadline is cut
     assert 595 < running.scheduler.of_kind(Submit)[1].time_left_s <= 600
@@ -163,6 +163,162 @@ async def test_special_tokens_show_when_asked_for_but_not_the_one_that_stopped(r
         assert completion.text == expected + TOKENIZER.decode(STORY_IDS[:3])
 
 
+# -- several sequences, log probabilities -----------------------------------------------------------------------------
+
+TALES = [[*STORY_IDS[:9], 0], [*STORY_IDS[3:8], 0], STORY_IDS[:12]]
+
+
+async def test_sequences_come_interleaved_each_with_its_own_text_and_end(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(TALES[0], others=TALES[1:], delay_s=0.01)
+    request = GenerateRequest(text="hello", n=3, stopping=StoppingParams(max_tokens=12), sampling=SamplingParams(seed=5))
+    messages = [message async for message in running.inference.GenerateStream(request)]
+    ids: dict[int, list[int]] = {index: [] for index in range(3)}
+    texts = dict.fromkeys(ids, "")
+    for message in messages:
+        ids[message.index] += message.token_ids
+        texts[message.index] += message.text_delta
+    assert list(ids.values()) == TALES
+    assert texts == {0: TOKENIZER.decode(TALES[0]), 1: TOKENIZER.decode(TALES[1]), 2: TOKENIZER.decode(TALES[2])}
+    ends = {message.index: message for message in messages if message.finish_reason}
+    stop, length = inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LENGTH
+    assert {index: end.finish_reason for index, end in ends.items()} == {0: stop, 1: stop, 2: length}
+    assert ends[1].stop_cause.token_id == 0
+    first_end = next(place for place, message in enumerate(messages) if message.finish_reason)
+    assert {message.index for message in messages[:first_end]} == {0, 1, 2}
+    *others, last = messages
+    assert not any(message.HasField("usage") for message in others)
+    assert (last.usage.prompt_token_count, last.usage.completion_token_count) == (len(TOKENIZER.encode("hello").ids), 10 + 6 + 12)
+    whole = await running.inference.Generate(request)
+    assert [(c.index, c.text, list(c.token_ids)) for c in whole.completions] == [(i, texts[i], ids[i]) for i in range(3)]
+    assert whole.usage == last.usage
+    submit = running.scheduler.of_kind(Submit)[0]
+    assert ([start.index for start in submit.sequences], submit.n, submit.beam, submit.sampling.seed) == ([0, 1, 2], 3, None, 5)
+    assert running.scheduler.of_kind(Cancel) == running.scheduler.of_kind(Finish) == []
+
+
+async def test_a_stop_string_ends_its_own_sequence_and_the_others_go_on(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS, others=[STORY_IDS[1:8], STORY_IDS * 3], delay_s=0.001)
+    request = GenerateRequest(text="x", n=3, stopping=StoppingParams(stop_strings=["small fox"]))
+    whole = await running.inference.Generate(request)
+    first, second, third = whole.completions
+    assert first.text == third.text == "Once upon a time there was a "
+    assert first.stop_cause.string == third.stop_cause.string == "small fox"
+    assert (list(second.token_ids), second.stop_cause.WhichOneof("cause")) == (STORY_IDS[1:8], None)
+    assert whole.usage.completion_token_count == sum(len(each.token_ids) for each in whole.completions)
+    finishes = running.scheduler.of_kind(Finish)
+    assert {finish.sequence: finish.kept_tokens for finish in finishes} == {0: len(first.token_ids), 2: len(third.token_ids)}
+    assert running.scheduler.of_kind(Cancel) == []
+
+
+async def test_the_best_are_chosen_by_their_log_probability_at_the_end(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(
+        TALES[0], others=[*TALES[1:], [9] * 12], logprob=lambda sequence, _: (-0.5, -0.4, -0.1, -9.0)[sequence]
+    )
+    request = GenerateRequest(text="x", n=2, best_of=4, stopping=StoppingParams(max_tokens=12))
+    whole = await running.inference.Generate(request)
+    expected = [(0, TALES[2], pytest.approx(-1.2)), (1, TALES[1], pytest.approx(-2.4))]
+    assert [(c.index, list(c.token_ids), c.cumulative_logprob) for c in whole.completions] == expected
+    assert [len(completion.logprobs) for completion in whole.completions] == [0, 0]  # nobody asked for them
+    assert whole.usage.completion_token_count == 18
+    messages = [message async for message in running.inference.GenerateStream(request)]
+    assert [(message.index, list(message.token_ids)) for message in messages] == [(0, TALES[2]), (1, TALES[1])]
+    assert messages[-1].usage == whole.usage
+    submit = running.scheduler.of_kind(Submit)[0]
+    assert (len(submit.sequences), submit.n, submit.sampling.num_logprobs) == (4, 2, 0)
+
+
+async def test_a_beam_search_gives_its_sequences_at_the_end_best_first(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(TALES[0], others=TALES[1:2], group_sizes=[100])
+    running.scheduler.cumulative_logprob = -3.5
+    beams = inference_pb2.BeamSearchParams(beam_count=4, length_penalty=0.5, early_stopping=inference_pb2.EARLY_STOPPING_NEVER)
+    whole = await running.inference.Generate(GenerateRequest(text="x", n=2, beam_search=beams))
+    assert [(c.index, list(c.token_ids), c.cumulative_logprob) for c in whole.completions] == [(0, TALES[0], -3.5), (1, TALES[1], -3.5)]
+    [submit] = running.scheduler.of_kind(Submit)
+    assert (submit.n, submit.beam, submit.sampling.num_logprobs) == (2, BeamSearch(4, 0.5, 3), None)
+
+
+async def test_a_search_that_finds_less_than_asked_for_returns_what_it_found(running: Running) -> None:
+    def on_submit(scheduler: FakeScheduler, submit: Submit, handle: int) -> None:
+        answers.append(asyncio.get_running_loop().create_task(answer(scheduler, submit, handle)))
+
+    async def answer(scheduler: FakeScheduler, submit: Submit, handle: int) -> None:
+        await scheduler.send(Accepted(submit.request_id, submit.attempt, handle))
+        await scheduler.send_tokens(handle, offset=0, token_ids=TALES[1])
+        await scheduler.send_finished(handle, submit, num_tokens=6, stop_id=0)
+
+    answers: list[asyncio.Task[None]] = []
+    running.scheduler.on_submit = on_submit
+    whole = await running.inference.Generate(GenerateRequest(text="x", n=3, beam_search=inference_pb2.BeamSearchParams(beam_count=3)))
+    assert [list(completion.token_ids) for completion in whole.completions] == [TALES[1]]
+
+
+async def test_log_probabilities_come_with_their_tokens_and_the_prompts_come_first(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(TALES[0], others=TALES[1:2], logprob=lambda sequence, offset: -0.5 * sequence - offset)
+    output = OutputParams(logprobs=2, prompt_logprobs=2)
+    prompt = STORY_IDS[:5]
+    request = GenerateRequest(token_ids=TokenIds(ids=prompt), n=2, output=output)
+    whole = await running.inference.Generate(request)
+    for index, completion in enumerate(whole.completions):
+        assert [each.token.token_id for each in completion.logprobs] == TALES[index] == list(completion.token_ids)
+        assert [each.token.logprob for each in completion.logprobs] == [-0.5 * index - offset for offset in range(len(TALES[index]))]
+        assert completion.cumulative_logprob == pytest.approx(sum(each.token.logprob for each in completion.logprobs))
+        first = completion.logprobs[0]
+        assert (first.token.rank, first.token.text) == (1, TOKENIZER.decode([TALES[index][0]], skip_special_tokens=False))
+        assert [(top.token_id, top.rank) for top in first.top] == [(TALES[index][0], 1), (7, 2)]
+    assert [(each.token.token_id, each.token.logprob) for each in whole.prompt_logprobs] == [(token_id, -2.0) for token_id in prompt[1:]]
+    messages = [message async for message in running.inference.GenerateStream(request)]
+    assert [len(message.logprobs) for message in messages] == [len(message.token_ids) for message in messages]
+    assert list(messages[0].prompt_logprobs) == list(whole.prompt_logprobs)
+    assert not any(message.prompt_logprobs for message in messages[1:])
+
+
+@pytest.mark.parametrize("output", [OutputParams(logprobs=0), OutputParams(prompt_logprobs=0)])
+async def test_log_probabilities_that_are_missing_fail_the_request(running: Running, output: OutputParams) -> None:
+    async def answer(scheduler: FakeScheduler, submit: Submit, handle: int) -> None:
+        await scheduler.send(Accepted(submit.request_id, submit.attempt, handle))
+        await scheduler.send_tokens(handle, offset=0, token_ids=[5])
+
+    tasks: list[asyncio.Task[None]] = []
+    running.scheduler.on_submit = lambda *submitted: tasks.append(asyncio.get_running_loop().create_task(answer(*submitted)))
+    error = await refusal(running.inference.Generate(GenerateRequest(token_ids=TokenIds(ids=[5, 6, 7]), output=output)))
+    assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.INTERNAL, "LOGPROBS_LOST")
+    await running.scheduler.wait_for(Cancel)
+
+
+async def test_an_echoed_prompt_stands_in_front_of_each_completion(running: Running) -> None:
+    request = GenerateRequest(text="stop time ", n=2, output=OutputParams(echo_prompt=True), stopping=StoppingParams(stop_strings=["time"]))
+    running.scheduler.script = lambda _: Script([*STORY_IDS, 0], delay_s=0.001)
+    whole = await running.inference.Generate(request)
+    assert [completion.text for completion in whole.completions] == ["stop time Once upon a "] * 2
+    assert whole.usage.completion_token_count == sum(len(completion.token_ids) for completion in whole.completions)
+
+
+async def test_everything_that_ranks_honour_reaches_the_scheduler(running: Running) -> None:
+    sampling = SamplingParams(
+        typical_p=0.5,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=0.5,
+        logit_bias={9: 2.0, 8: -100.0},
+        allowed_token_ids=TokenIds(ids=[5, 6, 5]),
+        bad_token_ids=TokenIds(ids=[4]),
+        bad_words=["there"],
+    )
+    await running.inference.Generate(GenerateRequest(text="x", sampling=sampling, priority=inference_pb2.PRIORITY_HIGH))
+    [submit] = running.scheduler.of_kind(Submit)
+    state = submit.sampling
+    assert (submit.priority, state.typical_p, state.repetition_penalty, state.presence_penalty, state.frequency_penalty) == (
+        3,
+        0.5,
+        1.5,
+        -1.0,
+        0.5,
+    )
+    assert (state.bias, state.allowed_ids, state.bad_ids[0]) == (((8, -100.0), (9, 2.0)), (5, 6), 4)
+    forms = {tuple(TOKENIZER.encode(form, add_special_tokens=False).ids) for form in ("there", " there")}
+    assert {*((token_id,) for token_id in state.bad_ids[1:]), *state.bad_sequences} == forms
+
+
 # -- stop strings -----------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +371,15 @@ async def test_an_end_that_the_scheduler_does_not_confirm_comes_all_the_same(tmp
 @pytest.mark.parametrize(
     ("request_", "code", "reason", "fields", "message"),
     [
-        (GenerateRequest(text="x", n=2), "UNIMPLEMENTED", "NOT_SUPPORTED", ["n"], "n is not supported yet"),
+        (GenerateRequest(text="x", adapter="a"), "UNIMPLEMENTED", "NOT_SUPPORTED", ["adapter"], "adapter is not supported yet"),
+        (GenerateRequest(text="x", n=9), "INVALID_ARGUMENT", "INVALID_REQUEST", ["n"], "n is 9; it takes 1 to 8"),
+        (
+            GenerateRequest(text="x" * 4000, output=OutputParams(prompt_logprobs=20), stopping=StoppingParams(max_tokens=1)),
+            "INVALID_ARGUMENT",
+            "PROMPT_TOO_LONG",
+            [],
+            "this model takes 2048",
+        ),
         (
             GenerateRequest(text="x", sampling=SamplingParams(top_p=0)),
             "INVALID_ARGUMENT",
@@ -297,6 +461,40 @@ async def test_a_failure_in_the_middle_of_a_stream_comes_after_its_tokens(runnin
     assert running.scheduler.of_kind(Cancel) == []
 
 
+async def test_a_failure_after_one_of_two_sequences_has_ended_still_fails_the_request(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:3], others=[TALES[1]], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x", n=2))
+    ids: dict[int, list[int]] = {0: [], 1: []}
+    while sum(map(len, ids.values())) < 9:
+        message = await call.read()
+        ids[message.index] += message.token_ids
+    submit = running.scheduler.of_kind(Submit)[0]
+    await running.scheduler.send_finished(0, submit, num_tokens=6, stop_id=0, sequence=1, is_last=False)
+    message = await call.read()
+    assert (message.index, message.stop_cause.token_id, message.HasField("usage")) == (1, 0, False)
+    assert ids == {0: STORY_IDS[:3], 1: TALES[1]}
+    await running.scheduler.fail(0, StatusCode.UNAVAILABLE, "GROUP_LOST", "worker group g0 is gone")
+    error = await refusal(call)
+    assert details_of(error)[0].reason == "GROUP_LOST"
+
+
+async def test_a_failure_after_all_sequences_have_reached_their_ends_is_none(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:6], others=[TALES[1]], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x", n=2, stopping=StoppingParams(max_tokens=6)))
+    num_tokens = 0
+    while num_tokens < 12:
+        num_tokens += len((await call.read()).token_ids)
+    await running.scheduler.fail(0, StatusCode.UNAVAILABLE, "GROUP_LOST", "worker group g0 is gone")
+    rest: list[inference_pb2.GenerateStreamResponse] = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        rest.append(message)
+    assert {message.index: message.finish_reason for message in rest} == {
+        0: inference_pb2.FINISH_REASON_LENGTH,
+        1: inference_pb2.FINISH_REASON_STOP,
+    }
+    assert rest[-1].usage.completion_token_count == 12
+
+
 async def test_a_request_id_in_use_is_refused_until_its_request_ends(running: Running) -> None:
     running.scheduler.script = lambda _: Script(STORY_IDS[:1], ends=False)
     first = running.inference.GenerateStream(GenerateRequest(text="x", request_id="same"))
@@ -313,7 +511,7 @@ async def test_a_request_id_in_use_is_refused_until_its_request_ends(running: Ru
 async def test_prompts_never_reach_the_log(running: Running, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="quire"):
         await running.inference.Generate(GenerateRequest(text="my secret"))
-        await refusal(running.inference.Generate(GenerateRequest(text="my secret", n=2)))
+        await refusal(running.inference.Generate(GenerateRequest(text="my secret", n=9)))
     assert "request " in caplog.text
     assert "secret" not in caplog.text
 

@@ -11,6 +11,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from quire.cluster.gateway.request_fields import HONOURED, MAX_ENTRIES, REFUSED, refuse_unsupported
+from quire.cluster.gateway.sequence_fields import SequenceCounts
 from quire.cluster.gateway.served_model import ServedModel, load_served_model
 from quire.cluster.gateway.validation import (
     ChatPrompt,
@@ -23,7 +24,7 @@ from quire.cluster.gateway.validation import (
     resolve,
 )
 from quire.common.errors import InvalidRequest, NotSupported, QuireError
-from quire.common.messages import SamplingState
+from quire.common.messages import BeamSearch, SamplingState
 from quire.v1 import inference_pb2
 from quire.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, OutputParams, SamplingParams, StoppingParams, TokenIds
 
@@ -124,10 +125,8 @@ def test_each_field_is_either_honoured_or_refused_by_name(path: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 1},
-        {"best_of": 1},
         {"adapter": ""},
-        {"priority": inference_pb2.PRIORITY_NORMAL},
+        {"n": 1, "best_of": 1},
         {"priority": inference_pb2.PRIORITY_UNSPECIFIED},
         {"sampling": SamplingParams(typical_p=1, repetition_penalty=1, presence_penalty=0, frequency_penalty=-0.0)},
         {"output": OutputParams(echo_prompt=False)},
@@ -140,19 +139,8 @@ def test_a_value_that_changes_nothing_is_taken(model: ServedModel, fields: dict[
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
-        ({"n": 2}, "n"),
-        ({"best_of": 3}, "best_of"),
-        ({"priority": inference_pb2.PRIORITY_LOW}, "priority"),
-        ({"priority": inference_pb2.PRIORITY_HIGH}, "priority"),
         ({"adapter": "a"}, "adapter"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
-        ({"sampling": SamplingParams(repetition_penalty=math.nan)}, "sampling.repetition_penalty"),
-        ({"sampling": SamplingParams(allowed_token_ids=TokenIds())}, "sampling.allowed_token_ids"),
-        ({"sampling": SamplingParams(bad_token_ids=TokenIds(ids=[1]))}, "sampling.bad_token_ids.ids"),
-        ({"sampling": SamplingParams(logit_bias={3: 1.0})}, "sampling.logit_bias"),
-        ({"output": OutputParams(logprobs=0)}, "output.logprobs"),
-        ({"beam_search": inference_pb2.BeamSearchParams()}, "beam_search"),
-        ({"beam_search": inference_pb2.BeamSearchParams(beam_count=2)}, "beam_search.beam_count"),
         ({"structured_output": inference_pb2.StructuredOutput(regex="a")}, "structured_output.regex"),
     ],
 )
@@ -162,11 +150,14 @@ def test_what_no_code_honours_is_refused(model: ServedModel, fields: dict[str, A
     assert refused.value.field == path
 
 
-def test_a_penalty_of_the_models_own_is_refused_too_and_says_so() -> None:
-    penalized = served(default_sampling=SamplingParams(repetition_penalty=1.05))
-    with pytest.raises(NotSupported, match=r"generation_config sets it to 1\.05.*set it to 1\.0"):
-        check(penalized)
-    check(penalized, sampling=SamplingParams(repetition_penalty=1))
+def test_the_models_own_penalties_count_and_are_held_to_the_same_limits() -> None:
+    penalized = served(default_sampling=SamplingParams(repetition_penalty=1.05, typical_p=0.9))
+    assert (resolved(penalized).sampling.repetition_penalty, resolved(penalized).sampling.typical_p) == (1.05, 0.9)
+    assert resolved(penalized, sampling=SamplingParams(repetition_penalty=1)).sampling.repetition_penalty == 1
+    broken = served(default_sampling=SamplingParams(repetition_penalty=0))
+    with pytest.raises(InvalidRequest, match="repetition_penalty is 0"):
+        check(broken)
+    check(broken, sampling=SamplingParams(repetition_penalty=1))
 
 
 # -- fields that this server has no name for --------------------------------------------------------------------------
@@ -202,10 +193,8 @@ def test_a_field_without_a_name_is_refused_by_its_number(
 
 def test_the_advice_names_a_value_as_the_client_writes_it(model: ServedModel) -> None:
     for fields, advice in (
-        ({"priority": inference_pb2.PRIORITY_HIGH}, "priority is not supported yet; leave it unset or set it to PRIORITY_NORMAL"),
-        ({"n": 2}, "leave it unset or set it to 1$"),
-        ({"adapter": "a"}, "leave it unset$"),
-        ({"output": OutputParams(echo_prompt=True)}, "leave it unset or set it to False$"),
+        ({"adapter": "a"}, "adapter is not supported yet; leave it unset$"),
+        ({"structured_output": inference_pb2.StructuredOutput(json=True)}, "structured_output.json is not supported yet; leave it unset$"),
     ):
         with pytest.raises(NotSupported, match=advice):
             check(model, **fields)
@@ -237,7 +226,7 @@ MANY = Chat(messages=[ChatMessage(role="user")] * 2049)
             for value in (0.0, -1.0, 1.01, math.nan, -math.inf)
         ],
         *[({"sampling": SamplingParams(min_p=value)}, "it takes 0 to 1", "sampling.min_p") for value in (-0.01, 1.01, math.nan)],
-        ({"n": 0}, "n is 0", "n"),
+        ({"n": 0}, "n is 0; it takes 1 to 8", "n"),
         ({"best_of": 0}, "best_of is 0", "best_of"),
         ({"priority": 9}, "priority 9", "priority"),
         ({"stopping": StoppingParams(max_tokens=0)}, "max_tokens is 0; it must be at least 1", "stopping.max_tokens"),
@@ -289,6 +278,181 @@ def test_every_repeated_field_that_is_honoured_has_a_bound() -> None:
     assert repeated == MAX_ENTRIES.keys() | {"token_ids.ids"}
 
 
+def beams(beam_count: int = 4, **fields: Any) -> inference_pb2.BeamSearchParams:
+    return inference_pb2.BeamSearchParams(beam_count=beam_count, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "field"),
+    [
+        *[({"n": n}, f"n is {n}; it takes 1 to 8", "n") for n in (0, 9, 2**32 - 1)],
+        *[({"best_of": n}, f"best_of is {n}; it takes 1 to 8", "best_of") for n in (0, 9, 10**6)],
+        ({"n": 3, "best_of": 2}, "best_of is 2 and n is 3; best_of must not be less", "best_of"),
+        ({"n": 2, "sampling": SamplingParams(temperature=0)}, "n is 2 and temperature is 0", "n"),
+        ({"best_of": 2, "sampling": SamplingParams(temperature=0)}, "best_of is 2 and temperature is 0", "best_of"),
+        ({"n": 4, "beam_search": beams(3)}, "n is 4 and beam_count is 3", "n"),
+        ({"n": 9, "beam_search": beams(10)}, "n is 9; it takes 1 to 8", "n"),
+        ({"best_of": 4, "beam_search": beams()}, "best_of is for sampling", "best_of"),
+        ({"beam_search": inference_pb2.BeamSearchParams()}, "has no beam_count; set it to 2 to 16", "beam_search.beam_count"),
+        *[({"beam_search": beams(n)}, f"beam_count is {n}; it takes 2 to 16", "beam_search.beam_count") for n in (0, 1, 17)],
+        *[
+            ({"beam_search": beams(length_penalty=value)}, "it takes -10 to 10", "beam_search.length_penalty")
+            for value in (math.nan, math.inf, -10.1, 11)
+        ],
+        ({"beam_search": beams(early_stopping=9)}, "early_stopping 9 is not one of", "beam_search.early_stopping"),
+        *[
+            ({"beam_search": beams(), "sampling": sampling}, f"leave {name} unset", f"sampling.{name}")
+            for name, sampling in {
+                "temperature": SamplingParams(temperature=0.7),
+                "top_p": SamplingParams(top_p=0.5),
+                "top_k": SamplingParams(top_k=3),
+                "min_p": SamplingParams(min_p=0.1),
+                "typical_p": SamplingParams(typical_p=0.5),
+            }.items()
+        ],
+        ({"beam_search": beams(), "stopping": StoppingParams(stop_strings=["a"])}, "leave stop_strings unset", "stopping.stop_strings"),
+        ({"beam_search": beams(), "output": OutputParams(logprobs=1)}, "leave logprobs unset", "output.logprobs"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(model: ServedModel, fields: dict[str, Any], message: str, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        check(model, **fields)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message", "name"),
+    [
+        *[({"typical_p": value}, "above 0 to 1", "typical_p") for value in (0.0, -1, 1.01, math.nan, math.inf)],
+        *[
+            ({"repetition_penalty": value}, "it takes 0.01 to 100", "repetition_penalty")
+            for value in (0.0, -1.0, 1e-30, 100.1, math.nan, math.inf, -math.inf)
+        ],
+        *[
+            ({name: value}, "it takes -2 to 2", name)
+            for name in ("presence_penalty", "frequency_penalty")
+            for value in (-2.01, 2.01, math.nan, math.inf)
+        ],
+        *[({"logit_bias": {5: value}}, "it takes -100 to 100", "logit_bias") for value in (-100.1, 101, math.nan, math.inf, -math.inf)],
+        ({"logit_bias": {4100: 1.0}}, "logit_bias holds token id 4100; this model's ids are below 4100", "logit_bias"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "301 entries; it takes 300", "logit_bias"),
+        ({"allowed_token_ids": TokenIds(ids=[1, 4100])}, "allowed_token_ids holds token id 4100", "allowed_token_ids"),
+        ({"allowed_token_ids": TokenIds(ids=range(1025))}, "1025 entries; it takes 1024", "allowed_token_ids.ids"),
+        ({"allowed_token_ids": TokenIds()}, "0 tokens are allowed and 0 are bad, which leaves none", "allowed_token_ids"),
+        (
+            {"allowed_token_ids": TokenIds(ids=[5, 6]), "bad_token_ids": TokenIds(ids=[6, 5, 4])},
+            "2 tokens are allowed and 3 are bad, which leaves none to draw",
+            "allowed_token_ids",
+        ),
+        ({"bad_token_ids": TokenIds(ids=[2**32 - 1])}, "bad_token_ids holds token id 4294967295", "bad_token_ids"),
+        ({"bad_token_ids": TokenIds(ids=range(1025))}, "1025 entries; it takes 1024", "bad_token_ids.ids"),
+        ({"bad_words": [""]}, "a bad word has 0 characters; it takes 1 to 256", "bad_words"),
+        ({"bad_words": ["  "]}, "not all of them spaces", "bad_words"),
+        ({"bad_words": ["x" * 257]}, "a bad word has 257 characters", "bad_words"),
+        ({"bad_words": ["x"] * 301}, "301 entries; it takes 300", "bad_words"),
+    ],
+)
+def test_rules_and_penalties_outside_their_limits_are_refused(
+    model: ServedModel, sampling: dict[str, Any], message: str, name: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        check(model, sampling=SamplingParams(**sampling))
+    assert refused.value.field == f"sampling.{name}"
+
+
+def test_rules_that_leave_only_end_tokens_are_refused_with_min_tokens(model: ServedModel) -> None:
+    only_the_end = SamplingParams(allowed_token_ids=TokenIds(ids=[0]))
+    assert resolved(model, sampling=only_the_end).sampling.allowed_ids == (0,)
+    with pytest.raises(InvalidRequest, match="only 1 tokens may be drawn, all of which end the sequence, and min_tokens is 1"):
+        check(model, sampling=only_the_end, stopping=StoppingParams(min_tokens=1))
+    tiny = served(logits_size=3)
+    with pytest.raises(InvalidRequest, match="3 tokens are allowed and 3 are bad"):
+        check(tiny, sampling=SamplingParams(bad_token_ids=TokenIds(ids=[0, 1, 2])))
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+@pytest.mark.parametrize("count", [21, 128, 2**32 - 1])
+def test_more_log_probabilities_than_20_are_refused(model: ServedModel, name: str, count: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name} is .*; it takes 0 to 20") as refused:
+        check(model, output=OutputParams(**{name: count}))  # type: ignore[arg-type]
+    assert refused.value.field == f"output.{name}"
+    with pytest.raises(InvalidRequest, match="it takes 0 to 5"):
+        check(served(logits_size=5), output=OutputParams(**{name: 6}))  # type: ignore[arg-type]
+
+
+def test_a_prompts_log_probabilities_must_fit_into_one_message(model: ServedModel) -> None:
+    fields = check(model, output=OutputParams(prompt_logprobs=20))
+    limit = LengthLimit(10_000, "max_model_len")
+    resolve(fields, [5] * 3120, limit=limit, vocab_size=4096, drawn_seed=0)
+    with pytest.raises(InvalidRequest, match=r"prompt_logprobs is 20 and prompt has 3121 tokens, 65541 log .* one answer takes 65536"):
+        resolve(fields, [5] * 3121, limit=limit, vocab_size=4096, drawn_seed=0)
+
+
+def test_what_is_within_the_limits_is_taken_as_it_is(model: ServedModel) -> None:
+    sampling = SamplingParams(
+        typical_p=0.5,
+        repetition_penalty=100,
+        presence_penalty=-2,
+        frequency_penalty=2,
+        logit_bias={4099: -100, 3: 100},
+        allowed_token_ids=TokenIds(ids=[7, 3, 7]),
+        bad_token_ids=TokenIds(ids=[9, 9]),
+    )
+    request = resolved(
+        model,
+        sampling=sampling,
+        output=OutputParams(logprobs=20, prompt_logprobs=0, echo_prompt=True),
+        n=2,
+        best_of=8,
+        priority=inference_pb2.PRIORITY_LOW,
+    )
+    assert request.sampling == SamplingState(
+        temperature=0.8,
+        top_p=0.95,
+        typical_p=0.5,
+        repetition_penalty=100.0,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        seed=77,
+        stop_ids=(0,),
+        bias=((3, 100.0), (4099, -100.0)),
+        allowed_ids=(7, 3),
+        bad_ids=(9,),
+        num_logprobs=20,
+        num_prompt_logprobs=0,
+    )
+    assert (request.counts, request.priority, request.shows_logprobs, request.echo_prompt) == (SequenceCounts(2, 8), 1, True, True)
+    assert (resolved(model).counts, resolved(model).priority) == (SequenceCounts(), 2)
+
+
+def test_a_best_of_has_its_log_probabilities_computed(model: ServedModel) -> None:
+    for fields, computed, shown in (
+        ({"n": 2}, None, False),
+        ({"n": 2, "best_of": 2}, None, False),
+        ({"best_of": 2}, 0, False),
+        ({"best_of": 2, "output": OutputParams(logprobs=3)}, 3, True),
+    ):
+        request = resolved(model, **fields)
+        assert (request.sampling.num_logprobs, request.shows_logprobs) == (computed, shown)
+
+
+def test_a_beam_search_is_taken_with_the_models_own_defaults_for_drawing(model: ServedModel) -> None:
+    assert resolved(model, beam_search=beams()).counts == SequenceCounts(1, 1, BeamSearch(4, 1.0, 1))
+    for temperature in (0.0, 1.0):
+        search = beams(16, length_penalty=-1, early_stopping=inference_pb2.EARLY_STOPPING_FIRST)
+        request = resolved(model, n=8, beam_search=search, sampling=SamplingParams(temperature=temperature, repetition_penalty=2))
+        assert request.counts == SequenceCounts(8, 1, BeamSearch(16, -1.0, 2))
+
+
+def test_a_bad_word_counts_at_the_start_of_a_text_and_behind_a_space(model: ServedModel) -> None:
+    state = resolved(model, sampling=SamplingParams(bad_words=["fox", " fox", "xyzzy"], bad_token_ids=TokenIds(ids=[5]))).sampling
+    expected = {tuple(model.tokenizer.encode(form, add_special_tokens=False, parse_special_tokens=False)) for form in
+                ("fox", " fox", "xyzzy", " xyzzy")}  # fmt: skip
+    assert state.bad_ids[0] == 5
+    assert {*((token_id,) for token_id in state.bad_ids[1:]), *state.bad_sequences} == expected
+    assert all(len(sequence) > 1 for sequence in state.bad_sequences)
+
+
 LARGEST = 4 * 2**20  # bytes of a request
 
 
@@ -301,10 +465,12 @@ LARGEST = 4 * 2**20  # bytes of a request
         (GenerateRequest(token_ids=TokenIds(ids=[1] * LARGEST)), "4194304 tokens"),
         (GenerateRequest(text="x", stopping=StoppingParams(stop_strings=[""] * (LARGEST // 2))), "2097152 entries"),
         (GenerateRequest(text="x", stopping=StoppingParams(stop_token_ids=[1] * LARGEST)), "4194304 entries"),
-        (GenerateRequest(text="x", sampling=SamplingParams(bad_words=[""] * (LARGEST // 2))), "not supported"),
-        (GenerateRequest(text="x", sampling=SamplingParams(bad_token_ids=TokenIds(ids=[1] * LARGEST))), "not supported"),
+        (GenerateRequest(text="x", sampling=SamplingParams(bad_words=[""] * (LARGEST // 2))), "2097152 entries; it takes 300"),
+        (GenerateRequest(text="x", sampling=SamplingParams(bad_token_ids=TokenIds(ids=[1] * LARGEST))), "4194304 entries"),
+        (GenerateRequest(text="x", sampling=SamplingParams(allowed_token_ids=TokenIds(ids=[1] * LARGEST))), "4194304 entries"),
+        (GenerateRequest(text="x", sampling=SamplingParams(logit_bias=dict.fromkeys(range(300_000), 1.0))), "300000 entries; it takes 300"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_a_request_of_millions_of_entries_is_refused_without_a_look_at_them(
     model: ServedModel, request_: GenerateRequest, error: str
@@ -403,6 +569,7 @@ def test_an_error_never_quotes_what_the_client_wrote(model: ServedModel) -> None
         {"stopping": StoppingParams(stop_strings=[secret * 100])},
         {"chat": Chat(messages=CHAT.messages, tools_json=[secret])},
         {"text": secret * 5000},
+        {"sampling": SamplingParams(bad_words=[secret * 100])},
     ):
         with pytest.raises(QuireError) as refused:
             check(model, **fields)
