@@ -496,6 +496,10 @@ class Scheduler:
         """The search has ended: send its best sequences whole, best first."""
         assert request.beam is not None
         results = request.beam.results[: request.submit.n]
+        if not results:
+            text = "no sequence is allowed by the request's own limits"
+            self._fail(request, StatusCode.INTERNAL, RowErrorCode.NO_ALLOWED_TOKEN.name, text, retryable=False)
+            return
         messages: list[SessionUp] = []
         for index, result in enumerate(results):
             num_tokens = len(result.token_ids)
