@@ -80,9 +80,8 @@ class WatchedScheduler(Scheduler):
 
     def _check_group(self, group: Group) -> None:
         """Check a group that something happened to since it was checked; each way of changing one shows in these numbers."""
-        acknowledged = tuple(group._num_acknowledged.values())
         state = (group.num_steps_done, group._next_step_id, group.pool.num_held, group.pool.num_cached, len(group.copies))
-        now = (group, state, acknowledged, len(group.running), len(group.swapped), len(group.batch.free_rows))
+        now = (group, state, len(group.running), len(group.swapped), len(group.batch.free_rows))
         if self._checked.get(group.group_id) != now:
             super()._check_group(group)
             self._checked[group.group_id] = now
