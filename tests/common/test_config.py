@@ -59,7 +59,7 @@ def test_a_bad_value_is_refused_in_one_line_with_its_numbers(flags: dict[str, An
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ({"device": "cuda"}, "device"),
+        ({"device": "cuda", "tensor_parallel_size": "2"}, "tensor_parallel_size"),
         ({"groups": "2"}, "groups"),
         ({"model_backend": "native"}, "model_backend"),
     ],
