@@ -44,6 +44,7 @@ _PARTS: dict[str, list[str]] = {
         "tests/kernels/test_prepare_inputs.py",
     ],
     "sampling": ["tests/kernels/test_sample.py"],
+    "stories": ["tests/worker/test_stories.py", "-m", "gpu"],
 }
 _ALONE = {"memory": [_CUDA, "-k", "a_rank_t"]}
 _TEST_TIMEOUT_S = 240
