@@ -59,3 +59,21 @@ def blocks_that_fit(*, free_bytes: int, step_bytes: int, block_bytes: int) -> in
             reason="NOT_ENOUGH_MEMORY",
         )
     return num_blocks
+
+
+def check_step_fits(*, num_blocks: int, free_bytes: int, step_bytes: int, block_bytes: int) -> None:
+    """Refuse a pool of told size beside which the largest step has no room: it would end the rank while it serves.
+
+    free_bytes: with the weights there; step_bytes: as for `blocks_that_fit`, whose margins are not asked for here
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    room = max(0, free_bytes - step_bytes) // block_bytes
+    if num_blocks > room:
+        raise ConfigError(
+            f"behind the weights the GPU has {free_bytes / _GIB:.2f} GiB free; beside the {step_bytes / _GIB:.2f} GiB of the largest step "
+            f"that is room for {room} KV blocks of {block_bytes} bytes, and {num_blocks} are asked for; lower gpu_blocks, kv_cache_memory, "
+            "max_batched_tokens or max_sequences",
+            reason="NOT_ENOUGH_MEMORY",
+        )

@@ -15,7 +15,7 @@ from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
 from quire.common.model_folder import ModelFolder, read_model_folder
-from quire.worker.gpu_memory import MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, weight_bytes
+from quire.worker.gpu_memory import MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, weight_bytes
 from quire.worker.host_memory import available_memory_bytes, check_pool_fits
 from quire.worker.rank_spec import RankSpec
 
@@ -94,7 +94,8 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
     check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
     end_phase("self-check")
     _check_host_memory(spec, block_bytes)  # once more: the weights are in memory now
-    num_gpu_blocks = _blocks_of_free_memory(spec, model, block_bytes) if spec.num_gpu_blocks is None else spec.num_gpu_blocks
+    num_gpu_blocks = _num_gpu_blocks(spec, model, block_bytes) if spec.device == "cuda" else spec.num_gpu_blocks
+    assert num_gpu_blocks is not None, "a pool of free memory is for GPUs"
     kv_cache = KvCache(
         num_blocks=num_gpu_blocks,
         num_layers=folder.num_layers,
@@ -179,8 +180,8 @@ def _check_gpu(spec: RankSpec, folder: ModelFolder, block_bytes: int) -> None:
     )
 
 
-def _blocks_of_free_memory(spec: RankSpec, model: "TransformersModel", block_bytes: int) -> int:
-    """How many KV blocks the GPU has room for, behind the weights, the largest step and a margin."""
+def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel", block_bytes: int) -> int:
+    """As many KV blocks as told, else those that the GPU has room for behind the weights, the largest step and a margin."""
     import torch
 
     from quire.worker.models.transformers_model import DTYPES
@@ -197,6 +198,9 @@ def _blocks_of_free_memory(spec: RankSpec, model: "TransformersModel", block_byt
     )
     torch.cuda.empty_cache()
     free_bytes, all_bytes = torch.cuda.mem_get_info(spec.device)
+    if spec.num_gpu_blocks is not None:
+        check_step_fits(num_blocks=spec.num_gpu_blocks, free_bytes=free_bytes, step_bytes=step_bytes, block_bytes=block_bytes)
+        return spec.num_gpu_blocks
     num_blocks = blocks_that_fit(free_bytes=free_bytes, step_bytes=step_bytes, block_bytes=block_bytes)
     _log.info(
         "of %.2f GiB the GPU has %.2f free behind the weights; %.2f go to the largest step, %.2f are margin: room for %d KV blocks",

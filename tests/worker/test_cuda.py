@@ -16,7 +16,7 @@ from tiny_families import FAMILIES
 from tiny_models import save_tiny_model
 
 from quire.common.errors import ConfigError, InternalError
-from quire.common.messages import Chunk, RowAdd, SamplingState
+from quire.common.messages import Chunk, RowAdd, SamplingState, StepPlan
 from quire.common.model_folder import ModelFolder, read_model_folder
 from quire.worker import cuda_swap_pool, rank_process
 from quire.worker.cuda_swap_pool import CudaSwapPool
@@ -243,7 +243,8 @@ def test_a_rank_that_is_told_nothing_takes_what_the_gpu_has_left(load: LoadModel
     # The last block of the pool is as good as the first.
     block_ids = (hello.num_gpu_blocks - 1, 0)
     added = RowAdd(0, tuple(range(3, 23)), 20, 0, block_ids, 0, GREEDY)
-    assert PlanDriver(runner).step(add_rows=(added,), chunks=(Chunk(0, 0, 20, True),), samples=((0, 0),)).counts == (1,)
+    result, _ = runner.execute(StepPlan(1, 0, add_rows=(added,), chunks=(Chunk(0, 0, 20, True),), samples=((0, 0),)))
+    assert result.counts == (1,)
 
 
 @pytest.mark.usefixtures("empty_gpu")

@@ -1,7 +1,7 @@
 import pytest
 
 from quire.common.errors import ConfigError
-from quire.worker.gpu_memory import blocks_that_fit, check_gpu_holds
+from quire.worker.gpu_memory import blocks_that_fit, check_gpu_holds, check_step_fits
 
 GIB = 2**30
 
@@ -28,3 +28,11 @@ def test_the_pool_takes_what_the_largest_step_and_the_margin_leave() -> None:
         ConfigError, match=r"6.00 GiB free; the largest step takes 4.00 GiB, with its margin 6.00 GiB, .*lower max_batched_tokens"
     ):
         blocks_that_fit(free_bytes=6 * GIB, step_bytes=4 * GIB, block_bytes=2**21)
+
+
+def test_a_pool_of_told_size_leaves_room_for_the_largest_step() -> None:
+    check_step_fits(num_blocks=60 * 512, free_bytes=64 * GIB, step_bytes=4 * GIB, block_bytes=2**21)
+    with pytest.raises(ConfigError, match=r"64.00 GiB free; beside the 4.00 GiB .* room for 30720 KV blocks .* and 30721 are asked for"):
+        check_step_fits(num_blocks=60 * 512 + 1, free_bytes=64 * GIB, step_bytes=4 * GIB, block_bytes=2**21)
+    with pytest.raises(ConfigError, match="room for 0 KV blocks"):
+        check_step_fits(num_blocks=1, free_bytes=GIB, step_bytes=4 * GIB, block_bytes=2**21)
