@@ -56,13 +56,12 @@ def run(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     own_command = _own_command()
     print(
-        f"starting {plan.name} ({plan.folder.model_type}, {plan.dtype}, {plan.device}; {plan.num_gpu_blocks} blocks of "
-        f"{plan.block_size} tokens, {plan.num_gpu_blocks * plan.block_bytes / 2**20:.0f} MiB of KV cache per rank)",
+        f"starting {plan.name} ({plan.folder.model_type}, {plan.dtype}, {plan.device}; {_kv_cache(plan)})",
         flush=True,
     )
     if plan.whole_on_each_rank:
         print(f"note: each of the {plan.tensor_parallel_size} ranks holds {plan.whole_on_each_rank}")
-    num_tokens = plan.num_gpu_blocks * plan.block_size
+    num_tokens = plan.max_model_len if plan.num_gpu_blocks is None else plan.num_gpu_blocks * plan.block_size
     if num_tokens < plan.max_model_len:
         print(f"warning: the KV cache holds {num_tokens} tokens, less than max_model_len {plan.max_model_len}: requests are capped at that")
     prepare_local_ray()
@@ -78,6 +77,13 @@ def run(args: argparse.Namespace) -> int:
             cluster.run()
         print(f"stopping (streams get up to {config.drain_timeout_s:g} s to finish; Ctrl-C again ends them)", flush=True)
     return 0
+
+
+def _kv_cache(plan: ModelPlan) -> str:
+    if plan.num_gpu_blocks is None:
+        return "the KV cache takes what each GPU has left"
+    num_bytes = plan.num_gpu_blocks * plan.block_bytes
+    return f"{plan.num_gpu_blocks} blocks of {plan.block_size} tokens, {num_bytes / 2**20:.0f} MiB of KV cache per rank"
 
 
 def check_tokenizer(plan: ModelPlan) -> None:

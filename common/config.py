@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quire.common.errors import ConfigError, NotSupported
+from quire.common.gpu import torch_sees_gpu
 from quire.common.model_folder import BUILT_IN_MODEL_NAME, ModelFolder, read_model_folder
 from quire.common.model_hub import fetch_model, hub_name, is_hub_id
 
@@ -46,7 +47,9 @@ class ModelConfig:
 
     model: str | None = _setting(None, "folder of the model, or its id on the hub; the built-in demo model when not given")
     name: str | None = _setting(None, "name that requests use; the folder's name or the id when not given")
-    device: str = _setting("auto", "where the ranks compute", choices=("auto", "cpu", "cuda"))
+    device: str = _setting(
+        "auto", "where the ranks compute; auto: cuda if torch sees a GPU here, else cpu", choices=("auto", "cpu", "cuda")
+    )
     dtype: str = _setting(
         "auto",
         "number format of weights and KV cache; auto: float32 on cpu, the checkpoint's on cuda",
@@ -97,7 +100,7 @@ class ModelPlan:
     tensor_parallel_size: int
     groups: int
     block_size: int
-    num_gpu_blocks: int
+    num_gpu_blocks: int | None  # None: as many as each rank's GPU has memory for, which its hello tells
     num_cpu_blocks: int
     preemption: str
     max_model_len: int
@@ -161,7 +164,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
             "other; use another tensor_parallel_size"
         )
     _refuse_later_features(config)
-    device = "cpu" if config.device == "auto" else config.device
+    device = _device(config)
     dtype = ("float32" if device == "cpu" else folder.dtype) if config.dtype == "auto" else config.dtype
     default_sequences, default_tokens = _BATCH_LIMITS[device]
     max_batched_tokens = config.max_batched_tokens or default_tokens
@@ -172,7 +175,9 @@ def plan_model(config: ModelConfig) -> ModelPlan:
             "of each; raise max_batched_tokens or lower max_sequences"
         )
     block_bytes = config.block_size * folder.kv_bytes_per_token(dtype=dtype, tensor_parallel_size=tensor_parallel_size)
-    num_gpu_blocks = _num_gpu_blocks(config, block_bytes=block_bytes, max_model_len=max_model_len, max_sequences=max_sequences)
+    num_gpu_blocks = _num_gpu_blocks(
+        config, block_bytes=block_bytes, max_model_len=max_model_len, max_sequences=max_sequences, device=device
+    )
     return ModelPlan(
         name=config.name or _default_name(config.model, folder),
         folder=folder,
@@ -329,7 +334,6 @@ def _check_ranges(config: ServeConfig) -> None:
 
 def _refuse_later_features(config: ModelConfig) -> None:
     later = {
-        "device": config.device == "cuda",
         "model_backend": config.model_backend == "native",
         "groups": config.groups > 1,
     }
@@ -339,6 +343,16 @@ def _refuse_later_features(config: ModelConfig) -> None:
             raise NotSupported(
                 f"{name} = {getattr(config, name)} is not supported yet; leave it at {defaults[name]}", reason="SETTING_NOT_SUPPORTED"
             )
+
+
+def _device(config: ModelConfig) -> str:
+    device = config.device if config.device != "auto" else "cuda" if torch_sees_gpu() else "cpu"
+    if device == "cuda" and config.tensor_parallel_size > 1:
+        raise NotSupported(
+            f"tensor_parallel_size = {config.tensor_parallel_size} is not supported yet on cuda; leave it at 1, or use device cpu",
+            reason="SETTING_NOT_SUPPORTED",
+        )
+    return device
 
 
 def _model_path(model: str | None) -> Path:
@@ -360,10 +374,11 @@ def _num_threads(num_ranks: int) -> int:
     return max(1, ((os.cpu_count() or 2) - 1) // num_ranks)
 
 
-def _num_cpu_blocks(config: ModelConfig, *, block_bytes: int, num_gpu_blocks: int, device: str) -> int:
+def _num_cpu_blocks(config: ModelConfig, *, block_bytes: int, num_gpu_blocks: int | None, device: str) -> int:
     """Blocks of a group's swap pool; 0 means that what is preempted is recomputed."""
     if config.swap_memory is None:
-        return 0 if config.preemption == "recompute" else min(num_gpu_blocks, _SWAP_BYTES[device] // block_bytes)
+        most = _SWAP_BYTES[device] // block_bytes
+        return 0 if config.preemption == "recompute" else most if num_gpu_blocks is None else min(num_gpu_blocks, most)
     if 0 < config.swap_memory < block_bytes:
         raise ConfigError(f"swap_memory {config.swap_memory} holds no block; one takes {block_bytes} bytes")
     if config.preemption == "swap" and config.swap_memory == 0:
@@ -371,13 +386,16 @@ def _num_cpu_blocks(config: ModelConfig, *, block_bytes: int, num_gpu_blocks: in
     return config.swap_memory // block_bytes
 
 
-def _num_gpu_blocks(config: ModelConfig, *, block_bytes: int, max_model_len: int, max_sequences: int) -> int:
-    """Blocks of a group's pool. On CPU, unless told: room for max_sequences of full length, but at most 1 GiB and at least one."""
+def _num_gpu_blocks(config: ModelConfig, *, block_bytes: int, max_model_len: int, max_sequences: int, device: str) -> int | None:
+    """Blocks of a group's pool. Unless told: on a GPU None, what is free there; on CPU room for max_sequences of full length, but at
+    most 1 GiB and at least one."""
     if config.gpu_blocks is not None:
         return config.gpu_blocks
     if config.kv_cache_memory is not None:
         if config.kv_cache_memory < block_bytes:
             raise ConfigError(f"kv_cache_memory {config.kv_cache_memory} holds no block; one takes {block_bytes} bytes")
         return config.kv_cache_memory // block_bytes
+    if device == "cuda":
+        return None
     per_sequence = -(-max_model_len // config.block_size)
     return max(per_sequence, min(max_sequences * per_sequence, _CPU_KV_CACHE_BYTES // block_bytes))

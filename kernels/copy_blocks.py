@@ -54,7 +54,7 @@ def _runs(blocks: Tensor) -> tuple[int, int, int]:
     return num_runs, blocks.stride(1) if dim == 2 else 0, run_length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_copies"])  # or the first lone copy, and the first sixteen, would wait for a compiler
 def _copy_blocks_kernel(
     blocks: tl.tensor,  # [num_blocks, num_runs, run_length]
     source_ids: tl.tensor,  # [num_copies]

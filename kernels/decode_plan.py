@@ -1,6 +1,6 @@
 """How one step's decode attention is cut into pieces of about equal work, decided on the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -34,6 +34,18 @@ class DecodePlan:
     partial_outputs: Tensor  # [num_rows + num_slots, num_heads, head_dim] float32, a softmax's numerators
     partial_stats: Tensor  # [num_rows + num_slots, num_heads, 2] float32: their largest score (base 2), their denominator
     split_rows: Tensor  # [min(num_rows, num_slots)] int32: the rows that have several pieces, then -1
+
+    def part(self, num_rows: int) -> "DecodePlan":
+        """A plan for fewer rows in the same buffers, so that batches of any size need one allocation; one is filled in at a time."""
+        num_pieces = num_rows + self.num_slots
+        return replace(
+            self,
+            pieces=self.pieces[:num_pieces],
+            first_pieces=self.first_pieces[: num_rows + 1],
+            partial_outputs=self.partial_outputs[:num_pieces],
+            partial_stats=self.partial_stats[:num_pieces],
+            split_rows=self.split_rows[: min(num_rows, self.num_slots)],
+        )
 
 
 def allocate_decode_plan(
@@ -94,7 +106,8 @@ def plan_decode(plan: DecodePlan, lengths: Tensor, rows: Tensor) -> None:
     )
 
 
-@triton.jit
+# Numbers that change from step to step are not compiled in: a batch of 1 or 16 would wait for a compiler.
+@triton.jit(do_not_specialize=["num_rows", "num_pieces", "num_split_rows"])
 def _plan_decode_kernel(
     pieces: tl.tensor,  # [num_pieces, 4]
     first_pieces: tl.tensor,  # [num_rows + 1]

@@ -226,7 +226,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
     return token_ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _draw_kernel(
     best_scores: tl.tensor,  # [3, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf
     best_ids: tl.tensor,  # [num_rows, num_programs]
@@ -274,7 +274,7 @@ def _draw_kernel(
     tl.store(best_scores + 2 * num_rows * tl.num_programs(0) + place, tl.min(smallest, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _judge_kernel(
     token_ids: tl.tensor,  # [num_rows]
     broken: tl.tensor,  # None, or [num_rows]

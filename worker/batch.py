@@ -10,6 +10,8 @@ from torch import Tensor
 
 from quire.common.errors import InternalError
 from quire.common.messages import Logprobs, RowAdd, SamplingState
+from quire.worker.device_tensor import device_tensor
+from quire.worker.kernel_attention import DecodePlans
 from quire.worker.sampling_rows import SamplingRows
 
 
@@ -54,6 +56,7 @@ class Batch:
         self.lengths = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.prompt_lengths = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.block_tables = torch.zeros((max_rows, self._max_blocks_per_row), dtype=torch.int64, device=device)
+        self.decode_plans = DecodePlans(max_rows=max_rows, device=device)
         self.sampling = SamplingRows(max_rows=max_rows, vocab_size=vocab_size, device=device)
 
     # -- what plans change ------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ class Batch:
         )
 
     def _tensor(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return device_tensor(values, device=self.device)
 
 
 def _check(is_true: bool, message: str) -> None:

@@ -14,12 +14,14 @@ from quire.common.child_process import enter_child
 from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
-from quire.common.model_folder import read_model_folder
+from quire.common.model_folder import ModelFolder, read_model_folder
+from quire.worker.gpu_memory import MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, weight_bytes
 from quire.worker.host_memory import available_memory_bytes, check_pool_fits
 from quire.worker.rank_spec import RankSpec
 
 # torch and transformers take seconds to import: only after the process is tied to its parent, and timed.
 if TYPE_CHECKING:
+    from quire.worker.models.transformers_model import TransformersModel
     from quire.worker.runner import Runner
 
 _log = logging.getLogger(__name__)
@@ -63,24 +65,22 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         phases.append((name, now_s - phase_start_s))
         phase_start_s = now_s
 
-    _refuse_unsupported(spec)
     folder = read_model_folder(Path(spec.model_path))
     block_bytes = spec.block_size * folder.kv_bytes_per_token(dtype=spec.dtype, tensor_parallel_size=spec.tensor_parallel_size)
-    # On CPU the swap pool lies in the same memory.
-    num_blocks = spec.num_gpu_blocks + spec.num_cpu_blocks
-    pool = {"num_blocks": num_blocks, "block_bytes": block_bytes, "num_ranks": spec.tensor_parallel_size}
-    check_pool_fits(**pool, available_bytes=available_memory_bytes())
+    _check_host_memory(spec, block_bytes)
     import torch
 
     torch.set_num_threads(spec.num_threads)
     torch.set_grad_enabled(False)
+    if spec.device == "cuda":
+        _check_gpu(spec, folder, block_bytes)
     end_phase("torch")
     from quire.worker.collectives import Collective, connect
     from quire.worker.kv_cache import KvCache
     from quire.worker.models.self_check import check_model
     from quire.worker.models.transformers_model import DTYPES, load_transformers_model
     from quire.worker.runner import Runner
-    from quire.worker.warm_up import measure_prefill
+    from quire.worker.warm_up import measure_prefill, touch_decodes
 
     end_phase("transformers")
     collective: Collective | None = None
@@ -93,9 +93,11 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
     end_phase("weights")
     check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
     end_phase("self-check")
-    check_pool_fits(**pool, available_bytes=available_memory_bytes())  # once more: the weights are in memory now
+    _check_host_memory(spec, block_bytes)  # once more: the weights are in memory now
+    num_gpu_blocks = _num_gpu_blocks(spec, model, block_bytes) if spec.device == "cuda" else spec.num_gpu_blocks
+    assert num_gpu_blocks is not None, "a pool of free memory is for GPUs"
     kv_cache = KvCache(
-        num_blocks=spec.num_gpu_blocks,
+        num_blocks=num_gpu_blocks,
         num_layers=folder.num_layers,
         num_kv_heads=model.num_kv_heads,
         block_size=spec.block_size,
@@ -114,17 +116,21 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         num_cpu_blocks=spec.num_cpu_blocks,
     )
     end_phase("pool")
+    bytes_per_s = runner.swap_pool.measure()
+    if spec.device == "cuda":
+        touch_decodes(runner, max_rows=spec.max_sequences)
     speeds = measure_prefill(runner, max_tokens=min(spec.max_batched_tokens, spec.max_model_len - 1), collective=collective)
     end_phase("warm-up")
     total_s = sum(seconds for _, seconds in phases)
     _log.info(
-        "ready in %.2f s (%s); %d blocks of %d tokens, %.1f MiB, and %d to swap to; prefill %s tokens/s",
+        "ready in %.2f s (%s); %d blocks of %d tokens, %.1f MiB, and %d to swap to%s; prefill %s tokens/s",
         total_s,
         ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases),
-        spec.num_gpu_blocks,
+        num_gpu_blocks,
         spec.block_size,
-        spec.num_gpu_blocks * block_bytes / 2**20,
-        spec.num_cpu_blocks,
+        num_gpu_blocks * block_bytes / 2**20,
+        runner.swap_pool.num_blocks,
+        " at {:.1f} GB/s in, {:.1f} GB/s out".format(*(speed / 1e9 for speed in bytes_per_s)) if any(bytes_per_s) else "",
         ", ".join(f"{length}: {speed:.0f}" for length, speed in speeds) or "not measured",
     )
     hello = RankHello(
@@ -132,11 +138,11 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         group_id=spec.group_id,
         term=spec.term,
         rank=spec.rank,
-        num_gpu_blocks=spec.num_gpu_blocks,
-        num_cpu_blocks=spec.num_cpu_blocks,
+        num_gpu_blocks=num_gpu_blocks,
+        num_cpu_blocks=runner.swap_pool.num_blocks,
         block_bytes=block_bytes,
-        h2d_bytes_per_s=0.0,
-        d2h_bytes_per_s=0.0,
+        h2d_bytes_per_s=bytes_per_s[0],
+        d2h_bytes_per_s=bytes_per_s[1],
         prefill_tokens_per_s=speeds,
         max_rows=spec.max_sequences,
         model_fingerprint=folder.fingerprint,
@@ -148,9 +154,60 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
     return runner, hello
 
 
-def _refuse_unsupported(spec: RankSpec) -> None:
-    if spec.device != "cpu":
-        raise ConfigError(f"device = {spec.device} is not supported by this rank yet; it takes cpu")
+def _check_host_memory(spec: RankSpec, block_bytes: int) -> None:
+    """On CPU the swap pool lies in the same memory. On a GPU there is only that, and it shrinks by itself."""
+    if spec.device == "cuda":
+        return
+    assert spec.num_gpu_blocks is not None, "a pool of free memory is for GPUs"
+    num_blocks = spec.num_gpu_blocks + spec.num_cpu_blocks
+    available_bytes = available_memory_bytes()
+    check_pool_fits(num_blocks=num_blocks, block_bytes=block_bytes, available_bytes=available_bytes, num_ranks=spec.tensor_parallel_size)
+
+
+def _check_gpu(spec: RankSpec, folder: ModelFolder, block_bytes: int) -> None:
+    """That there is a GPU, and that it can hold what it is told to."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device = cuda, and torch {torch.__version__} sees no GPU here; use device cpu, or a torch built for CUDA")
+    if spec.tensor_parallel_size > 1:
+        raise ConfigError(f"tensor_parallel_size {spec.tensor_parallel_size} is not supported on cuda yet; use 1")
+    check_gpu_holds(
+        num_blocks=spec.num_gpu_blocks,
+        block_bytes=block_bytes,
+        weight_bytes=weight_bytes(folder, dtype=spec.dtype, num_ranks=spec.tensor_parallel_size),
+        free_bytes=torch.cuda.mem_get_info(spec.device)[0],
+    )
+
+
+def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel", block_bytes: int) -> int:
+    """As many KV blocks as told, else those that the GPU has room for behind the weights, the largest step and a margin."""
+    import torch
+
+    from quire.worker.models.transformers_model import DTYPES
+    from quire.worker.warm_up import measure_step_bytes
+
+    step_bytes = measure_step_bytes(
+        model,
+        block_size=spec.block_size,
+        max_rows=spec.max_sequences,
+        max_tokens=spec.max_batched_tokens,
+        max_model_len=spec.max_model_len,
+        dtype=DTYPES[spec.dtype],
+        device=spec.device,
+    )
+    torch.cuda.empty_cache()
+    free_bytes, all_bytes = torch.cuda.mem_get_info(spec.device)
+    if spec.num_gpu_blocks is not None:
+        check_step_fits(num_blocks=spec.num_gpu_blocks, free_bytes=free_bytes, step_bytes=step_bytes, block_bytes=block_bytes)
+        return spec.num_gpu_blocks
+    num_blocks = blocks_that_fit(free_bytes=free_bytes, step_bytes=step_bytes, block_bytes=block_bytes)
+    _log.info(
+        "of %.2f GiB the GPU has %.2f free behind the weights; %.2f go to the largest step, %.2f are margin: room for %d KV blocks",
+        *(size / 2**30 for size in (all_bytes, free_bytes, step_bytes, MARGIN_BYTES + STEP_MARGIN * step_bytes)),
+        num_blocks,
+    )
+    return num_blocks
 
 
 def _report(spec: RankSpec, message: str) -> None:

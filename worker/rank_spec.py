@@ -12,9 +12,9 @@ class RankSpec:
     rank: int
     tensor_parallel_size: int
     model_path: str
-    device: str  # cpu
+    device: str  # cpu or cuda
     dtype: str  # float32, bfloat16 or float16
-    num_gpu_blocks: int
+    num_gpu_blocks: int | None  # None: as many as the GPU has memory for
     num_cpu_blocks: int
     block_size: int  # tokens
     max_model_len: int  # tokens of prompt and completion

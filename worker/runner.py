@@ -11,6 +11,8 @@ from quire.common.errors import InternalError, NotSupported
 from quire.common.messages import Chunk, StepAck, StepPlan, StepResult
 from quire.kernels.copy_blocks import copy_blocks
 from quire.worker.batch import Batch
+from quire.worker.cuda_swap_pool import CudaSwapPool
+from quire.worker.device_tensor import device_tensor
 from quire.worker.kv_cache import KvCache
 from quire.worker.logprobs import prompt_logprobs, prompt_spans
 from quire.worker.models.transformers_model import TransformersModel
@@ -38,7 +40,8 @@ class Runner:
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
-        self.swap_pool = SwapPool(kv_cache, num_blocks=num_cpu_blocks)
+        pool = CudaSwapPool if kv_cache.blocks.is_cuda else SwapPool
+        self.swap_pool: CudaSwapPool | SwapPool = pool(kv_cache, num_blocks=num_cpu_blocks)
         self.batch = Batch(
             max_rows=max_rows,
             max_tokens_per_row=max_model_len,
@@ -111,13 +114,15 @@ class Runner:
         logits_rows = {source: index for index, source in enumerate(dict.fromkeys(sources))}
         wanted = [last_places[source] for source in logits_rows] + [place for span in spans for place in span.places]
         # A step of chunks that end no prompt needs no logits; one row of them keeps every model's head happy.
-        logits = self.model.forward(inputs, self.kv_cache, logits_index=torch.tensor(wanted or [0], device=batch.device))
+        logits = self.model.forward(inputs, self.kv_cache, logits_index=device_tensor(wanted or [0], device=batch.device))
         logits, prompt_logits = logits[: len(logits_rows)], logits[len(logits_rows) : len(wanted)]
         result = StepResult(plan.term, plan.step_id, prompt_logprobs=prompt_logprobs(batch, spans, prompt_logits))
         if sampled:
             if len(logits_rows) < len(sources):
-                logits = logits[torch.tensor([logits_rows[source] for source in sources], device=batch.device)]
+                logits = logits[device_tensor([logits_rows[source] for source in sources], device=batch.device)]
             result = self._sample(result, logits, sampled)
+        elif logits.is_cuda:
+            torch.cuda.current_stream(logits.device).synchronize()  # as reading what was drawn would; device_s is then true
         return replace(result, device_s=time.perf_counter() - forward_s, host_s=forward_s - started_s)
 
     def _sample(self, result: StepResult, logits: Tensor, sampled: Sequence[int]) -> StepResult:
@@ -165,7 +170,7 @@ class Runner:
         if len({target for _, _, target in copies}) != len(copies):
             raise InternalError(f"the plan copies two blocks into one: {copies}")
         self.batch.replace_blocks(copies)
-        _, sources, targets = torch.tensor(copies, device=self.batch.device).unbind(1)
+        sources, targets = (device_tensor([copy[i] for copy in copies], device=self.batch.device) for i in (1, 2))
         copy_blocks(self.kv_cache.blocks, sources, targets)
 
 

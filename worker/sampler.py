@@ -12,6 +12,7 @@ from quire.kernels.logprobs import token_logprobs
 from quire.kernels.penalties import PenaltyInputs, apply_penalties
 from quire.kernels.sample import broken_rows, sample
 from quire.worker.batch import Batch
+from quire.worker.device_tensor import device_tensor
 from quire.worker.logprobs import as_message
 
 
@@ -95,7 +96,7 @@ def _apply_rules_and_penalties(batch: Batch, logits: Tensor, sampled: Sequence[i
 
 def _penalty_inputs(batch: Batch, rows: Sequence[int]) -> PenaltyInputs:
     width = max(batch.rows[row].length for row in rows)
-    indices = torch.tensor(rows, device=batch.device)
+    indices = device_tensor(rows, device=batch.device)
     repetition, frequency, presence = batch.sampling.penalties(indices)
     return PenaltyInputs(
         tokens=batch.tokens[indices, :width],
@@ -109,7 +110,7 @@ def _penalty_inputs(batch: Batch, rows: Sequence[int]) -> PenaltyInputs:
 
 def _draw(batch: Batch, logits: Tensor, sampled: Sequence[int], drawing: Sequence[int]) -> Tensor:
     """A token for each sample that draws, 0 for the others: [num_samples] int64."""
-    rows = torch.tensor([sampled[index] for index in drawing], dtype=torch.int64, device=batch.device)
+    rows = device_tensor([sampled[index] for index in drawing], device=batch.device)
     inputs = batch.sampling.inputs(rows, positions=batch.lengths[rows])
     if len(drawing) == len(sampled):
         return sample(logits, inputs, purpose=DrawPurpose.TARGET)

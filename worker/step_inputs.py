@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from quire.common.messages import Chunk
+from quire.kernels.backend import runs_triton
 from quire.kernels.paged_attention import ChunkSpan, DecodeSpans, RaggedBatch
+from quire.kernels.paged_prefill import PrefillChunk
+from quire.kernels.prepare_inputs import StepTokens, prepare_inputs
 from quire.worker.batch import Batch
+from quire.worker.device_tensor import device_tensor
+from quire.worker.kernel_attention import KernelAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +27,10 @@ class StepInputs:
     token_ids: Tensor  # [num_tokens] int64
     positions: Tensor  # [num_tokens] int64
     slot_mapping: Tensor  # [num_tokens] int64
-    ragged: RaggedBatch
+    ragged: RaggedBatch  # for attention in plain torch; empty where `kernels` is not None
     chunk_places: Sequence[int]  # of each chunk of the plan: where its tokens begin in this pass
     decode_places: range  # of each decoding row: where its token is
+    kernels: KernelAttention | None = None
 
 
 def build_step_inputs(batch: Batch, chunks: Sequence[Chunk], decoding: Sequence[int]) -> StepInputs:
@@ -38,6 +44,8 @@ def build_step_inputs(batch: Batch, chunks: Sequence[Chunk], decoding: Sequence[
         num_chunk_tokens += chunks[index].count
     longer = [chunk for chunk in chunks if chunk.count > 1]
     lone = [chunk for chunk in chunks if chunk.count == 1]
+    if runs_triton(batch.tokens):
+        return _build_for_kernels(batch, longer, lone, decoding, places)
 
     rows = torch.tensor([chunk.row for chunk in (*longer, *lone)] + list(decoding), device=device)
     positions = batch.lengths[rows[len(chunks) :]] - 1
@@ -59,6 +67,50 @@ def build_step_inputs(batch: Batch, chunks: Sequence[Chunk], decoding: Sequence[
         ),
         chunk_places=places,
         decode_places=range(num_chunk_tokens, num_chunk_tokens + len(decoding)),
+    )
+
+
+def _build_for_kernels(
+    batch: Batch, longer: Sequence[Chunk], lone: Sequence[Chunk], decoding: Sequence[int], places: Sequence[int]
+) -> StepInputs:
+    """The same on a GPU: one copy from the host says which tokens, one launch looks them up, attention's share comes with the layers."""
+    spans: list[tuple[int, int, int, int]] = []
+    num_tokens = 0
+    for chunk in (*longer, *lone):
+        spans.append((chunk.row, chunk.start, chunk.count, num_tokens))
+        num_tokens += chunk.count
+    num_chunk_tokens = num_tokens - len(lone)
+    spans += [(row, -1, 1, num_tokens + index) for index, row in enumerate(decoding)]
+    first_decode, num_tokens = num_tokens, num_tokens + len(decoding)
+    step = StepTokens(*torch.empty((3, num_tokens), dtype=torch.int64, device=batch.device).unbind(0))
+    prepare_inputs(
+        step,
+        batch.tokens,
+        batch.lengths,
+        batch.block_tables,
+        device_tensor(spans, device=batch.device, dtype=torch.int32),
+        block_size=batch.block_size,
+        max_count=max(count for _, _, count, _ in spans),
+    )
+    lengths = batch.lengths
+    if lone:  # they see no further than themselves, wherever their rows end
+        rows = device_tensor([chunk.row for chunk in lone], device=batch.device)
+        lengths = lengths.index_copy(0, rows, device_tensor([chunk.start + 1 for chunk in lone], device=batch.device))
+    return StepInputs(
+        token_ids=step.token_ids,
+        positions=step.positions,
+        slot_mapping=step.slot_mapping,
+        ragged=RaggedBatch(chunks=(), decodes=()),
+        chunk_places=places,
+        decode_places=range(first_decode, num_tokens),
+        kernels=KernelAttention(
+            chunks=[PrefillChunk(chunk.row, chunk.start, chunk.count) for chunk in longer],
+            num_chunk_tokens=num_chunk_tokens,
+            rows=device_tensor([chunk.row for chunk in lone] + list(decoding), device=batch.device),
+            lengths=lengths,
+            block_tables=batch.block_tables,
+            plans=batch.decode_plans,
+        ),
     )
 
 

@@ -247,7 +247,9 @@ class _Controller:
 
     async def _run_ranks(self, group: Group) -> None:
         """Place the group's ranks together, start them, and report the first that ends."""
-        bundles = [{"CPU": 1.0}] * group.tensor_parallel_size
+        # Ray hides GPUs from whoever asked for none.
+        num_gpus = 1 if self._plan.device == "cuda" else 0
+        bundles = [{"CPU": 1.0, "GPU": 1.0} if num_gpus else {"CPU": 1.0}] * group.tensor_parallel_size
         placement = placement_group(bundles, strategy="STRICT_PACK", name=group.group_id)
         self._placements[group.group_id] = placement
         try:
@@ -260,7 +262,8 @@ class _Controller:
         actors = []
         for rank in range(group.tensor_parallel_size):
             strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
-            actors.append(ProcessActor.options(name=f"quire-{group.group_id}-{rank}", scheduling_strategy=strategy).remote())
+            name = f"quire-{group.group_id}-{rank}"
+            actors.append(ProcessActor.options(name=name, num_gpus=num_gpus, scheduling_strategy=strategy).remote())
         self._ranks[group.group_id] = actors
         await asyncio.gather(
             *(

@@ -174,7 +174,7 @@ class LocalCluster:
             ray.init(
                 address="local",
                 num_cpus=num_ranks,  # a rank takes one of Ray's CPUs, whatever the machine has: it only counts them
-                num_gpus=0,
+                num_gpus=num_ranks if self._plan.device == "cuda" else 0,
                 include_dashboard=False,
                 _temp_dir=str(self.folder / "ray"),  # its sockets and logs go when ours go
                 object_store_memory=OBJECT_STORE_BYTES,

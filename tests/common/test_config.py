@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from quire.common.config import ModelConfig, parse_bytes, plan_model, resolve_config
+from quire.common.config import ModelConfig, ServeConfig, config_as_dict, parse_bytes, plan_model, resolve_config
 from quire.common.errors import ConfigError, NotSupported, QuireError
+from quire.common.gpu import torch_sees_gpu
 from quire.common.model_folder import read_model_folder
 
 
@@ -59,7 +60,7 @@ def test_a_bad_value_is_refused_in_one_line_with_its_numbers(flags: dict[str, An
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ({"device": "cuda"}, "device"),
+        ({"device": "cuda", "tensor_parallel_size": "2"}, "tensor_parallel_size"),
         ({"groups": "2"}, "groups"),
         ({"model_backend": "native"}, "model_backend"),
     ],
@@ -105,6 +106,20 @@ def test_the_swap_pool_is_as_large_as_the_kv_cache_within_limits_unless_told() -
     assert plan_model(ModelConfig(gpu_blocks=10_000)).num_cpu_blocks == 2**28 // 131072
     assert plan_model(ModelConfig(gpu_blocks=7, preemption="recompute")).num_cpu_blocks == 0
     assert plan_model(ModelConfig(gpu_blocks=7, swap_memory=0)).num_cpu_blocks == 0
+
+
+def test_on_a_gpu_the_kv_cache_takes_what_is_free_unless_told() -> None:
+    plan = plan_model(ModelConfig(device="cuda"))
+    assert (plan.device, plan.dtype, plan.num_gpu_blocks) == ("cuda", plan.folder.dtype, None)
+    assert plan.num_cpu_blocks == 2**32 // plan.block_bytes
+    assert (plan.max_sequences, plan.max_batched_tokens) == (256, 8192)
+    assert "gpu_blocks" not in config_as_dict(ServeConfig(models=(ModelConfig(device="cuda"),)), plan)["models"][0]
+    assert plan_model(ModelConfig(device="cuda", gpu_blocks=7)).num_gpu_blocks == 7
+    assert plan_model(ModelConfig(device="cuda", kv_cache_memory=5 * plan.block_bytes + 1)).num_gpu_blocks == 5
+
+
+def test_without_a_driver_nobody_asks_torch_for_a_gpu(tmp_path: Path) -> None:
+    assert not torch_sees_gpu(driver=tmp_path / "nvidiactl")
 
 
 def test_swap_memory_is_counted_in_blocks_of_each_rank() -> None:

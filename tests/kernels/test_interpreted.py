@@ -11,7 +11,8 @@ import torch
 def test_kernels_are_right_when_interpreted() -> None:
     """The tests marked `kernel`, in a process of its own: Triton reads the variable when a kernel is defined."""
     folder = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel", "-p", "no:cacheprovider", str(folder)]
+    folders = [folder, folder.parent / "worker/test_kernel_attention.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel", "-p", "no:cacheprovider", *map(str, folders)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
         command,

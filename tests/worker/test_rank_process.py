@@ -181,7 +181,7 @@ def test_a_rank_without_plans_ends_when_its_lease_does(start: StartRank) -> None
         ({"num_gpu_blocks": 10**10}, "the KV pool needs 10000000000 blocks of 2048 bytes"),
         ({"model_path": "/nowhere"}, "/nowhere is not a folder"),
         ({"num_gpu_blocks": 10**9, "tensor_parallel_size": 2}, "blocks of 1024 bytes on each of 2 ranks"),
-        ({"device": "cuda"}, "device = cuda is not supported"),
+        ({"device": "cuda"}, "sees no GPU here; use device cpu"),
     ],
 )
 def test_a_rank_that_cannot_start_leaves_its_reason(start: StartRank, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -116,9 +116,12 @@ class TransformersModel:
         layer = kv_cache.layer(module.layer_idx)
         store_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), layer, inputs.slot_mapping)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = paged_attention(
-            query[0].transpose(0, 1), layer, inputs.ragged, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=s_aux
-        )
+        queries = query[0].transpose(0, 1)
+        how: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        if inputs.kernels is None:
+            attended = paged_attention(queries, layer, inputs.ragged, **how)
+        else:
+            attended = inputs.kernels.attend(queries, layer, **how)
         return attended[None], None
 
 
