@@ -23,6 +23,8 @@ class Dispatcher:
         self.note: Note | None = None
         # Whether anything changed since the last time that could let a request in.
         self.is_due = False
+        # Whether a group was lost: what could be held when it came may be too large for those that are left.
+        self.may_have_shrunk = False
 
     def dispatch(self, now_s: float) -> None:
         """Admit what can be admitted now."""
@@ -37,8 +39,8 @@ class Dispatcher:
         passed: list[Request] = []
         closed: set[str] = set()  # groups that keep their blocks for one of `passed`
         for request in self._queue.in_order(model):
-            if not any(group.can_ever_hold(request.submit) for group in groups):
-                continue  # it ran on a group that came back smaller, or not at all; nobody waits for it
+            if self.may_have_shrunk and not any(group.can_ever_hold(request.submit) for group in groups):
+                continue  # its group came back smaller, or not at all; nobody waits for it
             open_groups = [group for group in groups if group.group_id not in closed]
             group = None if request.awaits_result else self._choose(request, open_groups, now_s)
             if group is not None:

@@ -380,9 +380,6 @@ class Scheduler:
             for held in (group.running, group.swapped):
                 assert seen.keys().isdisjoint(held), "a request is in two places"
                 seen.update(held)
-                for request in held.values():
-                    assert request.group_id == group.group_id
-                    assert request.sequences
         for request in self.queue.all():
             assert request.handle not in seen, "a request is in two places"
             seen[request.handle] = request
@@ -398,6 +395,9 @@ class Scheduler:
 
     def _check_group(self, group: Group) -> None:
         group.check()
+        for request in (*group.running.values(), *group.swapped.values()):
+            assert request.group_id == group.group_id
+            assert request.sequences
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -592,6 +592,7 @@ class Scheduler:
 
     def _drop(self, group: Group, now_s: float) -> None:
         del self.groups[group.group_id]
+        self._dispatcher.may_have_shrunk = True
         self._requeue_all(group, now_s)
         self._tell_limits()
         if not self._serving(group.model):

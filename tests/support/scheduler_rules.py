@@ -167,7 +167,7 @@ class WatchedScheduler(Scheduler):
 
     def _before_admit(self, group: Group, request: Request, now_s: float) -> None:
         groups = [g for g in self.groups.values() if g.is_ready]
-        waiting = sorted([*self.queue.all(), request], key=self._order)
+        waiting = self._in_order([*self.queue.all(), request])
         place = waiting.index(request)
         passed = waiting[:place]
         closed: set[str] = set()
@@ -203,17 +203,22 @@ class WatchedScheduler(Scheduler):
         self._end_wait(request)
         self._passes.pop(request.handle, None)
 
-    def _order(self, request: Request) -> tuple[Any, ...]:
-        account = self.queue._tenants[request.submit.tenant].served
-        urgency = min(request.deadline_s, request.arrival_s + self.config.patience_s)
-        if request.is_preempted:
-            return (-request.level, 0, request.arrival_s, request.handle)
-        of_tenant = [
-            (min(r.deadline_s, r.arrival_s + self.config.patience_s), r.arrival_s, r.handle)
-            for r in [*self.queue.all(), request]
-            if r.submit.tenant == request.submit.tenant and not r.is_preempted and r.level == request.level
-        ]
-        return (-request.level, 1, account, min(of_tenant), urgency, request.arrival_s, request.handle)
+    def _in_order(self, requests: list[Request]) -> list[Request]:
+        """Waiting requests in the order in which they go."""
+        accounts = self.queue._tenants
+        urgent = {r.handle: (min(r.deadline_s, r.arrival_s + self.config.patience_s), r.arrival_s, r.handle) for r in requests}
+        first: dict[tuple[str, int], tuple[float, float, int]] = {}  # of a tenant's new requests of a class
+        for r in requests:
+            if not r.is_preempted:
+                lane = (r.submit.tenant, r.level)
+                first[lane] = min(first.get(lane, urgent[r.handle]), urgent[r.handle])
+
+        def place(r: Request) -> tuple[Any, ...]:
+            if r.is_preempted:
+                return (-r.level, 0, r.arrival_s, r.handle)
+            return (-r.level, 1, accounts[r.submit.tenant].served, first[r.submit.tenant, r.level], urgent[r.handle])
+
+        return sorted(requests, key=place)
 
     def _takes(self, group: Group, request: Request, now_s: float) -> bool:
         """Whether the group could take a waiting request now."""
@@ -337,7 +342,7 @@ def _wanted(group: Group, sequences: list[Any]) -> int:
     """Blocks that must be had before these sequences can write: new ones, and a copy for each but the last holder of a shared one."""
     size = group.config.block_size
     count = 0
-    holders = Counter(dict(enumerate(group.pool.ref_counts())))
+    holders = dict(enumerate(group.pool._ref_counts))
     for sequence in sequences:
         place = sequence.num_planned // size
         if place == len(sequence.block_table):
@@ -356,4 +361,4 @@ def _num_coming(group: Group) -> int:
 
 def _num_unheld(group: Group) -> int:
     """Blocks that nobody holds: free ones and cached ones."""
-    return group.pool.ref_counts().count(0)
+    return group.pool._ref_counts.count(0)

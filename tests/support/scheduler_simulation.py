@@ -50,6 +50,8 @@ ROOT = cache_root(model="m", adapter="", tenant_scope="t", cache_salt="")
 TURN_S = 0.01
 # After the last turn nothing new comes; what is left must end within so many further turns.
 MAX_TURNS_TO_END = 4000
+# And what is left in the groups behind the last of them, in so many.
+MAX_TURNS_TO_LEAVE = 100
 
 
 @dataclass
@@ -219,7 +221,9 @@ class Simulation:
         else:
             waiting = [client.name for client in self.clients.values() if not client.end]
             raise AssertionError(f"requests {waiting} never ended")
-        for _ in range(60):  # the last rows leave, the last copies end
+        for _ in range(MAX_TURNS_TO_LEAVE):  # the last rows leave, the last copies end
+            if not any(group.has_work() or group.outstanding for group in self.scheduler.groups.values()):
+                break
             self._turn()
         for group in self.scheduler.groups.values():
             assert group.pool.num_held == 0, "blocks are left when nobody is there"
