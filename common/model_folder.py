@@ -118,6 +118,15 @@ def read_model_folder(path: Path) -> ModelFolder:
     )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A model folder's config.json.
+
+    Raises:
+        ConfigError: it is missing or holds no JSON object.
+    """
+    return _read_json(path / "config.json")
+
+
 def _weight_files(path: Path) -> tuple[str, ...]:
     """The files that the index lists, else every *.safetensors but copies in another layout, which some publishers add."""
     index = path / "model.safetensors.index.json"

@@ -28,6 +28,7 @@ def paged_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     output: Tensor | None = None,
+    first_query: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's last token to its whole sequence, its own key included.
 
@@ -40,6 +41,8 @@ def paged_decode(
     softcap:      scores become softcap * tanh(score / softcap)
     sinks:        [num_heads]; a score per head that takes part in the softmax and adds no value
     result:       [num_rows, num_heads, head_dim] of the query's dtype; `output` if given
+    first_query:  [1] int32 or int64; where the rows' queries begin in `query` and `output`, which then hold other tokens as
+                  well. The rows that are no padding come first then, and padding writes nothing.
 
     Scores and softmax are float32. What lies in slots behind a sequence's end does not matter, NaN included.
     """
@@ -51,18 +54,21 @@ def paged_decode(
     assert query.stride(2) == 1, query.stride()
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device) if output is None else output
     if not runs_triton(query):
+        num_rows = query.shape[0] if first_query is None else int((rows >= 0).sum())
+        first = 0 if first_query is None else int(first_query)
         reference = paged_decode_reference(
-            query,
+            query[first : first + num_rows],
             kv_cache,
             block_tables,
             lengths=lengths,
-            rows=rows,
+            rows=rows[:num_rows],
             scale=scale,
             sliding_window=plan.sliding_window,
             softcap=softcap,
             sinks=sinks,
         )
-        return output.copy_(reference)
+        output[first : first + num_rows] = reference
+        return output
     tile = plan.tile
     group = num_heads // num_kv_heads
     padded_dim = triton.next_power_of_2(head_dim)
@@ -77,6 +83,7 @@ def paged_decode(
         plan.partial_outputs,
         plan.partial_stats,
         sinks,
+        first_query,
         scale,
         softcap or 0.0,
         *output.stride()[:2],
@@ -101,6 +108,7 @@ def paged_decode(
         plan.split_rows,
         plan.first_pieces,
         sinks,
+        first_query,
         *output.stride()[:2],
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim,
@@ -121,6 +129,7 @@ def _paged_decode_kernel(
     partial_outputs: tl.tensor,  # [num_pieces, num_heads, HEAD_DIM]
     partial_stats: tl.tensor,  # [num_pieces, num_heads, 2]
     sinks: tl.tensor,  # None, or [num_heads]
+    first_query: tl.tensor,  # None, or [1]
     scale: float,
     softcap: float,
     output_row_stride: int,
@@ -145,6 +154,11 @@ def _paged_decode_kernel(
     if row < 0:
         return
     table_row = tl.load(pieces + piece * 4 + 1).to(tl.int64)
+    query_row = row
+    if first_query is not None:
+        if table_row < 0:
+            return
+        query_row += tl.load(first_query)
     begin = tl.load(pieces + piece * 4 + 2)
     end = tl.load(pieces + piece * 4 + 3)
 
@@ -153,7 +167,7 @@ def _paged_decode_kernel(
     dim = tl.arange(0, PADDED_DIM)
     heads = kv_head * GROUP + in_group
     is_query = (in_group[:, None] < GROUP) & (dim[None, :] < HEAD_DIM)
-    queries = tl.load(query + row * query_row_stride + heads[:, None] * query_head_stride + dim[None, :], mask=is_query, other=0.0)
+    queries = tl.load(query + query_row * query_row_stride + heads[:, None] * query_head_stride + dim[None, :], mask=is_query, other=0.0)
 
     largest = tl.full([DOT_ROWS], float("-inf"), tl.float32)
     denominator = tl.zeros([DOT_ROWS], tl.float32)
@@ -195,7 +209,7 @@ def _paged_decode_kernel(
             denominator = denominator * decay + tl.exp2(sink - new_largest)
             numerator = numerator * decay[:, None]
         result = numerator / tl.where(denominator == 0.0, 1.0, denominator)[:, None]  # 0 for a row of no tokens
-        target = output + row * output_row_stride + heads[:, None] * output_head_stride + dim[None, :]
+        target = output + query_row * output_row_stride + heads[:, None] * output_head_stride + dim[None, :]
         tl.store(target, result.to(output.dtype.element_ty), mask=is_query)
         return
 
@@ -214,6 +228,7 @@ def _combine_kernel(
     split_rows: tl.tensor,  # [num_split_rows]
     first_pieces: tl.tensor,  # [num_rows + 1]
     sinks: tl.tensor,  # None, or [num_heads]
+    first_query: tl.tensor,  # None, or [1]
     output_row_stride: int,
     output_head_stride: int,
     HEAD_DIM: tl.constexpr,
@@ -250,6 +265,8 @@ def _combine_kernel(
         denominator = denominator * decay + tl.sum(piece_denominator * weight, 0)
         numerator = numerator * decay + tl.sum(piece_numerator * weight[:, None], 0)
         largest = new_largest
+    if first_query is not None:
+        row += tl.load(first_query)
     target = output + row * output_row_stride + head * output_head_stride + dim
     tl.store(target, (numerator / denominator).to(output.dtype.element_ty), mask=is_dim)
 

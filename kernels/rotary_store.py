@@ -22,6 +22,7 @@ def rotary_store(
     key_norm: Tensor | None = None,
     eps: float = 1e-6,
     output: Tensor | None = None,
+    key_output: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys, write keys and values into their slots, give back the queries.
 
@@ -33,6 +34,7 @@ def rotary_store(
     cos_sin:      [max_positions, rotary_dim] float32, see rotary_table(); dims from rotary_dim on are not rotated
     query_norm, key_norm: [head_dim]; weights of an RMS norm of each head before the rotation, or neither
     output:       [num_tokens, num_heads, head_dim], may be `query` itself; new if None
+    key_output:   [num_tokens, num_kv_heads, head_dim], may be `key` itself; None: the rotated keys go to the cache alone
 
     Dim i is rotated with dim i + rotary_dim / 2, as Llama's checkpoints have it. Sums and products are float32.
     """
@@ -42,8 +44,9 @@ def rotary_store(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device) if output is None else output
     if not runs_triton(query):
         rotary_store_reference(
-            query, key, value, kv_cache, slot_mapping, positions, cos_sin, query_norm=query_norm, key_norm=key_norm, eps=eps, output=output
-        )
+            query, key, value, kv_cache, slot_mapping, positions, cos_sin, query_norm=query_norm, key_norm=key_norm, eps=eps, output=output,
+            key_output=key_output,
+        )  # fmt: skip
         return output
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]
@@ -52,6 +55,7 @@ def rotary_store(
     # A program per token and group of heads: every number is read and written once, and small batches still fill the GPU.
     _rotary_store_kernel[(num_kv_heads, num_tokens)](
         output,
+        key_output,
         kv_cache,
         query,
         key,
@@ -63,6 +67,7 @@ def rotary_store(
         key_norm,
         eps,
         *output.stride()[:2],
+        *((0, 0) if key_output is None else key_output.stride()[:2]),
         *kv_cache.stride()[:3],
         *query.stride()[:2],
         *key.stride()[:2],
@@ -82,6 +87,7 @@ def rotary_store(
 @triton.jit
 def _rotary_store_kernel(
     output: tl.tensor,  # [num_tokens, num_heads, HEAD_DIM]
+    key_output: tl.tensor,  # None, or [num_tokens, num_kv_heads, HEAD_DIM]
     kv_cache: tl.tensor,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM]
     query: tl.tensor,  # [num_tokens, num_heads, HEAD_DIM]
     key: tl.tensor,  # [num_tokens, num_kv_heads, HEAD_DIM]
@@ -94,6 +100,8 @@ def _rotary_store_kernel(
     eps: float,
     output_token_stride: int,
     output_head_stride: int,
+    key_output_token_stride: int,
+    key_output_head_stride: int,
     block_stride: int,
     kind_stride: int,
     head_stride: int,
@@ -128,10 +136,10 @@ def _rotary_store_kernel(
         is_head, query_norm, cos, sin, eps, HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
     )  # fmt: skip
 
+    one = tl.arange(0, 1)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:
         return
-    one = tl.arange(0, 1)
     target = kv_cache + slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * HEAD_DIM
     _rotate(
         target + one,
@@ -145,6 +153,12 @@ def _rotary_store_kernel(
     if PADDED_REST > 0:
         rest = ROTARY_DIM + tl.arange(0, PADDED_REST)
         tl.store(target + kind_stride + rest, tl.load(source + rest, mask=rest < HEAD_DIM), mask=rest < HEAD_DIM)
+    if key_output is not None:  # last, because it may be the key itself
+        _rotate(
+            key_output + token * key_output_token_stride + kv_head * key_output_head_stride + one,
+            key + token * key_token_stride + kv_head * key_head_stride + one,
+            one == 0, key_norm, cos, sin, eps, HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -210,6 +224,7 @@ def rotary_store_reference(
     key_norm: Tensor | None = None,
     eps: float = 1e-6,
     output: Tensor,
+    key_output: Tensor | None = None,
 ) -> None:
     """The same, step by step."""
     rotary_dim = cos_sin.shape[1]
@@ -226,3 +241,5 @@ def rotary_store_reference(
     turned_key = rotated(key, key_norm)
     output.copy_(rotated(query, query_norm))
     store_kv_reference(turned_key, value, kv_cache, slot_mapping)
+    if key_output is not None:
+        key_output.copy_(turned_key)

@@ -24,45 +24,92 @@ _NUM_VALUE_READINGS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """How each row of logits is sampled; tensors of [num_rows]."""
+    """How each row of logits is sampled. Columns are those of a batch, [max_rows] each, and `rows` says whose the logits are."""
 
-    temperature: Tensor  # float32; 0 takes the most likely token
+    rows: Tensor  # [num_rows] int32 or int64, where each row of logits has its numbers; -1 is padding
+    temperature: Tensor  # float64, taken as float32; 0 takes the most likely token
     top_k: Tensor  # int64; 0 keeps all
     top_p: Tensor  # float64, so that 1 - top_p rounds to float32 once; 1 keeps all
-    min_p: Tensor  # float32; 0 keeps all
-    typical_p: Tensor  # float32; 1 keeps all
+    min_p: Tensor  # float64, taken as float32; 0 keeps all
+    typical_p: Tensor  # float64, taken as float32; 1 keeps all
     seed: Tensor  # int64, the bits of the unsigned seed
     sequence_index: Tensor  # int64
     position: Tensor  # int64; the place in the sequence that the drawn token takes
 
+    def picked(self) -> "SamplingRow":
+        """The numbers of each row of logits; those of padding are anything."""
+        rows = self.rows.clamp(min=0).long()
+        return SamplingRow(
+            temperature=self.temperature[rows].float(),
+            top_k=self.top_k[rows],
+            top_p=self.top_p[rows],
+            min_p=self.min_p[rows].float(),
+            typical_p=self.typical_p[rows].float(),
+            seed=self.seed[rows],
+            sequence_index=self.sequence_index[rows],
+            position=self.position[rows],
+        )
 
-def sample(logits: Tensor, inputs: SamplingInputs, *, purpose: int, broken: Tensor | None = None) -> Tensor:
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """The same numbers, row by row of the logits: [num_rows] each."""
+
+    temperature: Tensor  # float32
+    top_k: Tensor  # int64
+    top_p: Tensor  # float64
+    min_p: Tensor  # float32
+    typical_p: Tensor  # float32
+    seed: Tensor  # int64
+    sequence_index: Tensor  # int64
+    position: Tensor  # int64
+
+    def of(self, rows: Tensor) -> "SamplingRow":
+        """Some of the rows."""
+        return SamplingRow(*(getattr(self, name)[rows] for name in SamplingRow.__slots__))
+
+
+def sample(
+    logits: Tensor,
+    inputs: SamplingInputs,
+    *,
+    purpose: int,
+    has_typical: bool = False,
+    token_ids: Tensor | None = None,
+    broken: Tensor | None = None,
+) -> Tensor:
     """One token id per row.
 
-    logits:  [num_rows, vocab_size] float32; -inf marks forbidden tokens
-    purpose: DrawPurpose; target and draft draws of one position differ
-    broken:  [num_rows] bool, filled with what `broken_rows` says, without another reading of the logits
-    result:  [num_rows] int64
+    logits:      [num_rows, vocab_size] float32 or 16 bits; -inf marks forbidden tokens
+    purpose:     DrawPurpose; target and draft draws of one position differ
+    has_typical: whether any row has a typical_p below 1, for which there is no kernel: all rows go to the reference then
+    token_ids:   [num_rows] int64, filled in and given back; new if None
+    broken:      [num_rows], filled with what `broken_rows` says, without another reading of the logits; padding is not broken
+    result:      [num_rows] int64; 0 for broken rows and for padding
 
     The filters mean what transformers' warpers of the same names mean, in the same order. A row's token depends on that row
-    alone. Rows that `broken_rows` names get any id. The GPU draws with the same integers and takes the same token, but where
-    two scores are closer than float32 rounding.
+    alone. The GPU draws with the same integers and takes the same token, but where two scores are closer than float32
+    rounding; the host does not wait for it, but for has_typical.
     """
-    # Typical sampling has no kernel yet: one such row sends all to the reference. Asking costs a wait for the device.
-    if runs_triton(logits) and not bool((inputs.typical_p < 1).any()):
-        return _sample_without_sorting(logits, inputs, purpose=purpose, broken=broken)
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if token_ids is None else token_ids
+    if runs_triton(logits) and not has_typical:
+        _sample_without_sorting(logits, inputs, token_ids, purpose=purpose, broken=broken)
+        return token_ids
+    is_broken = broken_rows(logits) & (inputs.rows >= 0)
     if broken is not None:
-        broken.copy_(broken_rows(logits))
-    return sample_reference(logits, inputs, purpose=purpose)
+        broken.copy_(is_broken)
+    token_ids.copy_(sample_reference(logits.float(), inputs, purpose=purpose))
+    return token_ids.masked_fill_(is_broken | (inputs.rows < 0), 0)
 
 
 def sample_reference(logits: Tensor, inputs: SamplingInputs, *, purpose: int) -> Tensor:
-    """The same, with a sort, by the filters one after the other."""
+    """The same, with a sort, by the filters one after the other. Broken rows and padding get any id."""
     token_ids = logits.argmax(dim=-1)
-    random_rows = inputs.temperature.nonzero()[:, 0]  # greedy rows need no noise
+    rows = inputs.picked()
+    random_rows = rows.temperature.nonzero()[:, 0]  # greedy rows need no noise
     if random_rows.numel() == 0:
         return token_ids
-    picked = SamplingInputs(*(getattr(inputs, name)[random_rows] for name in SamplingInputs.__slots__))
+    picked = rows.of(random_rows)
     scores = logits[random_rows]
     # Taking the maximum away first changes no probability and keeps a tiny temperature from overflowing.
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / picked.temperature[:, None]
@@ -139,7 +186,7 @@ def filter_typical_p(scores: Tensor, *, typical_p: Tensor) -> Tensor:
     return filtered
 
 
-def gumbel_noise(vocab_size: int, inputs: SamplingInputs, *, purpose: int) -> Tensor:
+def gumbel_noise(vocab_size: int, inputs: SamplingRow, *, purpose: int) -> Tensor:
     """Gumbel noise of every token of every row: [num_rows, vocab_size] float32, finite.
 
     Key: the row's seed. Counter: (token id >> 2, position, sequence_index, purpose); word (token id & 3) is the token's.
@@ -167,7 +214,7 @@ def gumbel_noise_reference(token_id: int, *, seed: int, position: int, sequence_
     return -(-uniform.log()).log()
 
 
-def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: int, broken: Tensor | None) -> Tensor:
+def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, token_ids: Tensor, *, purpose: int, broken: Tensor | None) -> None:
     """Gumbel-max over all tokens first; the filters then only judge the winner, and the next best one if they refuse it.
 
     What the filters keep is closed upwards: if a token is refused, so is every less likely one. So the draw goes on among the
@@ -183,11 +230,11 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
     program_tokens = triton.cdiv(triton.cdiv(vocab_size, num_programs), _DRAW_TILE) * _DRAW_TILE
     best_scores = torch.empty((3, num_rows, num_programs), dtype=torch.float32, device=logits.device)
     best_ids = torch.empty((num_rows, num_programs), dtype=torch.int32, device=logits.device)
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _draw_kernel[(num_programs, num_rows)](
         best_scores,
         best_ids,
         logits,
+        inputs.rows,
         inputs.temperature,
         inputs.seed,
         inputs.sequence_index,
@@ -206,6 +253,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
         best_scores,
         best_ids,
         logits,
+        inputs.rows,
         inputs.temperature,
         inputs.top_k,
         inputs.top_p,
@@ -223,7 +271,6 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
         NUM_VALUE_READINGS=_NUM_VALUE_READINGS,
         num_warps=16,  # of one program a row: bound by its instructions, it wants all schedulers busy
     )
-    return token_ids
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -231,10 +278,11 @@ def _draw_kernel(
     best_scores: tl.tensor,  # [3, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf
     best_ids: tl.tensor,  # [num_rows, num_programs]
     logits: tl.tensor,  # [num_rows, vocab_size]
-    temperature: tl.tensor,  # [num_rows]
-    seed: tl.tensor,  # [num_rows]
-    sequence_index: tl.tensor,  # [num_rows]
-    position: tl.tensor,  # [num_rows]
+    rows: tl.tensor,  # [num_rows]
+    temperature: tl.tensor,  # [max_rows] float64
+    seed: tl.tensor,  # [max_rows]
+    sequence_index: tl.tensor,  # [max_rows]
+    position: tl.tensor,  # [max_rows]
     num_rows: int,
     vocab_size: int,
     logits_stride: int,
@@ -244,10 +292,13 @@ def _draw_kernel(
 ) -> None:
     """The best token of a part of each row, unfiltered."""
     row = tl.program_id(1).to(tl.int64)
-    heat = tl.load(temperature + row)
-    row_seed = tl.load(seed + row)
-    row_position = tl.load(position + row)
-    row_index = tl.load(sequence_index + row)
+    place = tl.load(rows + row).to(tl.int64)
+    if place < 0:
+        return
+    heat = tl.load(temperature + place).to(tl.float32)
+    row_seed = tl.load(seed + place)
+    row_position = tl.load(position + place)
+    row_index = tl.load(sequence_index + place)
     begin = tl.program_id(0) * program_tokens
     end = tl.minimum(begin + program_tokens, vocab_size)
     best = tl.full([TILE], float("-inf"), tl.float32)
@@ -266,12 +317,12 @@ def _draw_kernel(
         is_better = score > best
         best = tl.where(is_better, score, best)
         best_id = tl.where(is_better, token, best_id)
-    place = row * tl.num_programs(0) + tl.program_id(0)
+    part = row * tl.num_programs(0) + tl.program_id(0)
     score = tl.max(best, 0)
-    tl.store(best_scores + place, score)
-    tl.store(best_ids + place, tl.min(tl.where(best == score, best_id, 0x7FFFFFFF), 0))
-    tl.store(best_scores + num_rows * tl.num_programs(0) + place, tl.max(largest, 0))
-    tl.store(best_scores + 2 * num_rows * tl.num_programs(0) + place, tl.min(smallest, 0))
+    tl.store(best_scores + part, score)
+    tl.store(best_ids + part, tl.min(tl.where(best == score, best_id, 0x7FFFFFFF), 0))
+    tl.store(best_scores + num_rows * tl.num_programs(0) + part, tl.max(largest, 0))
+    tl.store(best_scores + 2 * num_rows * tl.num_programs(0) + part, tl.min(smallest, 0))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -281,13 +332,14 @@ def _judge_kernel(
     best_scores: tl.tensor,  # [3, num_rows, PROGRAMS]
     best_ids: tl.tensor,  # [num_rows, PROGRAMS]
     logits: tl.tensor,  # [num_rows, vocab_size]
-    temperature: tl.tensor,  # [num_rows]
-    top_k: tl.tensor,  # [num_rows]
-    top_p: tl.tensor,  # [num_rows] float64
-    min_p: tl.tensor,  # [num_rows]
-    seed: tl.tensor,  # [num_rows]
-    sequence_index: tl.tensor,  # [num_rows]
-    position: tl.tensor,  # [num_rows]
+    rows: tl.tensor,  # [num_rows]
+    temperature: tl.tensor,  # [max_rows] float64
+    top_k: tl.tensor,  # [max_rows]
+    top_p: tl.tensor,  # [max_rows] float64
+    min_p: tl.tensor,  # [max_rows] float64
+    seed: tl.tensor,  # [max_rows]
+    sequence_index: tl.tensor,  # [max_rows]
+    position: tl.tensor,  # [max_rows]
     num_rows: int,
     vocab_size: int,
     logits_stride: int,
@@ -299,22 +351,28 @@ def _judge_kernel(
 ) -> None:
     """The best token of each row that the row's filters keep."""
     row = tl.program_id(0).to(tl.int64)
-    place = row * PROGRAMS + tl.arange(0, PROGRAMS)
-    scores = tl.load(best_scores + place)
+    place = tl.load(rows + row).to(tl.int64)
+    if place < 0:
+        tl.store(token_ids + row, 0)
+        if broken is not None:
+            tl.store(broken + row, 0)
+        return
+    parts = row * PROGRAMS + tl.arange(0, PROGRAMS)
+    scores = tl.load(best_scores + parts)
     score = tl.max(scores, 0)
-    token_id = tl.min(tl.where(scores == score, tl.load(best_ids + place), 0x7FFFFFFF), 0)
-    token_id = tl.where(token_id == 0x7FFFFFFF, 0, token_id)  # nothing but -inf: any id will do
-    heat = tl.load(temperature + row)
-    most = tl.load(top_k + row)
-    mass = tl.load(top_p + row)
-    least = tl.load(min_p + row)
-    largest = tl.max(tl.load(best_scores + num_rows * PROGRAMS + place), 0)
+    token_id = tl.min(tl.where(scores == score, tl.load(best_ids + parts), 0x7FFFFFFF), 0)
+    heat = tl.load(temperature + place).to(tl.float32)
+    most = tl.load(top_k + place)
+    mass = tl.load(top_p + place)
+    least = tl.load(min_p + place).to(tl.float32)
+    largest = tl.max(tl.load(best_scores + num_rows * PROGRAMS + parts), 0)
     is_broken = (largest == float("inf")) | (largest == float("-inf"))
+    token_id = tl.where(is_broken, 0, token_id)
     if broken is not None:
-        tl.store(broken + row, is_broken)
+        tl.store(broken + row, is_broken.to(broken.dtype.element_ty))
     if (not is_broken) & (heat > 0.0) & ((most > 0) | (mass < 1.0) | (least > 0.0)):
         row_logits = logits + row * logits_stride
-        smallest = tl.min(tl.load(best_scores + 2 * num_rows * PROGRAMS + place), 0)
+        smallest = tl.min(tl.load(best_scores + 2 * num_rows * PROGRAMS + parts), 0)
         tail = (1.0 - mass).to(tl.float32)
         least = tl.maximum(least, 0.0)
         # Keys below the floor are known to be refused. At first nothing is.
@@ -352,7 +410,9 @@ def _judge_kernel(
                     is_open = (logit > chosen) | ((logit == chosen) & (token > token_id))
                     is_open = is_open & (_key(logit) >= floor) & (tl.exp((logit - largest) / heat) >= least)
                     if tl.max(is_open.to(tl.int32), 0) > 0:  # noise is what costs, and few tokens are still open
-                        noise = _noise(first, tl.load(seed + row), tl.load(position + row), tl.load(sequence_index + row), purpose, TILE)
+                        noise = _noise(
+                            first, tl.load(seed + place), tl.load(position + place), tl.load(sequence_index + place), purpose, TILE
+                        )
                         noisy = tl.where(is_open, logit + heat * noise, float("-inf"))
                         is_better = noisy > best
                         best = tl.where(is_better, noisy, best)

@@ -26,8 +26,8 @@ class CudaSwapPool:
     """What SwapPool is on CPU. A block is one run of bytes on both sides, so a copy is one transfer; neighbours share one.
 
     A copy out begins when what was launched before it has been computed, and so does a copy in, whose block may still be
-    read by that. `wait` lets the device wait, not the host. Copies that a step waited for are in its `take_ended`, which
-    blocks for them if nothing else has; other copies are named once they have ended, whenever that is.
+    read by that. `wait` lets the device wait, not the host. `take_ended` names what has ended whenever that is; asked for after a
+    step's end, it names at least what that step waited for.
     """
 
     # Invariant: a copy id is in at most one of _running, _done and _failed.
@@ -41,7 +41,6 @@ class CudaSwapPool:
         self._in = torch.cuda.Stream(device)
         self._out = torch.cuda.Stream(device)
         self._running: dict[int, torch.cuda.Event] = {}  # in the order in which they started; recorded behind the copy
-        self._waited_for: list[int] = []  # by the step under way
         self._done: list[int] = []
         self._failed: list[int] = []
 
@@ -63,13 +62,9 @@ class CudaSwapPool:
         for copy_id in copy_ids:
             if copy_id in self._running:
                 stream.wait_event(self._running[copy_id])
-                self._waited_for.append(copy_id)
 
     def take_ended(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The copies that ended since the last call: those done and those failed. Each is named once, in one of the two."""
-        for copy_id in self._waited_for:
-            self._running[copy_id].synchronize()
-        self._waited_for.clear()
         ended = [copy_id for copy_id, event in self._running.items() if event.query()]
         for copy_id in ended:
             del self._running[copy_id]
@@ -82,7 +77,6 @@ class CudaSwapPool:
         self._in.synchronize()
         self._out.synchronize()
         self._running.clear()
-        self._waited_for.clear()
         self._done, self._failed = [], []
 
     def measure(self) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quire.common.messages import SamplingState
+from quire.worker.device_tensor import device_tensor
 
 
 class LogitRules:
@@ -24,6 +25,9 @@ class LogitRules:
     def __len__(self) -> int:
         """Rows that have rules."""
         return len(self._rows)
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._rows
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._rows)
@@ -79,7 +83,7 @@ class LogitRules:
         return [index for index, _ in ruled]
 
     def _additions(self, pairs: Sequence[tuple[int, float]]) -> "_Additions":
-        values = torch.tensor([value for _, value in pairs], dtype=torch.float32, device=self._device)
+        values = device_tensor([value for _, value in pairs], device=self._device, dtype=torch.float32)
         return _Additions(self._tensor(token_id for token_id, _ in pairs), values)
 
     def _allowed(self, token_ids: Sequence[int]) -> Tensor:
@@ -97,7 +101,7 @@ class LogitRules:
         )
 
     def _tensor(self, values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
+        return device_tensor(list(values), device=self._device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Log probabilities as messages carry them, and those of prompts, which come chunk by chunk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,22 +9,26 @@ from torch import Tensor
 from quire.common.messages import Chunk, Logprobs
 from quire.kernels.logprobs import TokenLogprobs, token_logprobs
 from quire.worker.batch import Batch
-from quire.worker.step_inputs import StepInputs
+from quire.worker.host_copy import HostCopy
 
-# Rows of logits whose logarithms are held at once: a long chunk of a large vocabulary would double gigabytes otherwise.
+# Rows of logits that are held at once: those of a long chunk of a large vocabulary would be gigabytes.
 _MAX_ROWS_AT_ONCE: Final = 256
 
 _NONE: Final = Logprobs((), (), (), ())
 
 
-def as_message(columns: TokenLogprobs) -> Logprobs:
-    """The same as numbers on the host; waits for the device."""
-    return Logprobs(
-        logprobs=tuple(columns.logprobs.tolist()),
-        ranks=tuple(columns.ranks.tolist()),
-        top_ids=tuple(map(tuple, columns.top_ids.tolist())),
-        top_logprobs=tuple(map(tuple, columns.top_logprobs.tolist())),
-    )
+class LogprobColumns:
+    """Log probabilities of a step's tokens on their way to the host."""
+
+    def __init__(self, columns: TokenLogprobs) -> None:
+        self._copies = [HostCopy(column) for column in (columns.logprobs, columns.ranks, columns.top_ids, columns.top_logprobs)]
+
+    def read(self) -> Logprobs:
+        """As messages carry them, once the step has ended."""
+        logprobs, ranks, top_ids, top_logprobs = (copy.tolist() for copy in self._copies)
+        return Logprobs(
+            logprobs=tuple(logprobs), ranks=tuple(ranks), top_ids=tuple(map(tuple, top_ids)), top_logprobs=tuple(map(tuple, top_logprobs))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,13 @@ class PromptSpan:
     num_top: int
 
 
-def prompt_spans(batch: Batch, chunks: Sequence[Chunk], inputs: StepInputs) -> list[PromptSpan]:
-    """The chunks of prompts whose log probabilities are asked for; resumed tokens of a completion have none."""
+def prompt_spans(batch: Batch, chunks: Sequence[Chunk], chunk_places: Sequence[int]) -> list[PromptSpan]:
+    """The chunks of prompts whose log probabilities are asked for; resumed tokens of a completion have none.
+
+    chunk_places: where each chunk's tokens begin in the step
+    """
     spans = []
-    for index, (chunk, place) in enumerate(zip(chunks, inputs.chunk_places, strict=True)):
+    for index, (chunk, place) in enumerate(zip(chunks, chunk_places, strict=True)):
         row = batch.rows[chunk.row]
         num_top = row.sampling.num_prompt_logprobs
         if num_top is not None:
@@ -51,33 +58,43 @@ def prompt_spans(batch: Batch, chunks: Sequence[Chunk], inputs: StepInputs) -> l
     return spans
 
 
-def prompt_logprobs(batch: Batch, spans: Sequence[PromptSpan], logits: Tensor) -> tuple[tuple[int, Logprobs], ...]:
-    """What a step tells of its prompts: (index of the chunk, log probabilities of its tokens).
+class PromptLogprobs:
+    """What a step tells of its prompts, on its way to the host."""
 
-    logits: [sum of the spans' places, vocab_size] float32, in the order of the spans
+    def __init__(self, batch: Batch, spans: Sequence[PromptSpan], logits_of: Callable[[range], Tensor]) -> None:
+        """Compute it.
 
-    Nothing is known of the first token that a row computes, because the step before did not compute its logits. So a row added
-    with num_computed = n reports from position n + 1 on, and a prompt computed from its start all but its first token.
-    """
-    reports = []
-    for span, part in zip(spans, logits.split([len(span.places) for span in spans]), strict=True):
-        row = batch.rows[span.row]
-        entries = _join([row.next_logprob or _NONE, *_following(batch, span, part)])
-        # The chunk's last logits are those of the next chunk's first token.
-        is_ahead = span.start + span.count < row.prompt_len
-        row.next_logprob = _slice(entries, -1, None) if is_ahead else None
-        reported = _slice(entries, 0, -1) if is_ahead else entries
-        if reported.logprobs:
-            reports.append((span.chunk_index, reported))
-    return tuple(reports)
+        logits_of: the logits of places of the step: [number of places, vocab_size] float32
+        """
+        self._spans = [(span, batch.rows[span.row], _following(batch, span, logits_of)) for span in spans]
+
+    def read(self) -> tuple[tuple[int, Logprobs], ...]:
+        """(index of the chunk, log probabilities of its tokens), once the step has ended; steps are read in their order.
+
+        Nothing is known of the first token that a row computes, because the step before did not compute its logits. So a row added
+        with num_computed = n reports from position n + 1 on, and a prompt computed from its start all but its first token.
+        """
+        reports = []
+        for span, row, following in self._spans:
+            entries = _join([row.next_logprob or _NONE, *(part.read() for part in following)])
+            # The chunk's last logits are those of the next chunk's first token.
+            is_ahead = span.start + span.count < row.prompt_len
+            row.next_logprob = _slice(entries, -1, None) if is_ahead else None
+            reported = _slice(entries, 0, -1) if is_ahead else entries
+            if reported.logprobs:
+                reports.append((span.chunk_index, reported))
+        return tuple(reports)
 
 
-def _following(batch: Batch, span: PromptSpan, logits: Tensor) -> list[Logprobs]:
-    """Of the tokens behind each of the span's places."""
-    first = span.start + 1
-    token_ids = batch.tokens[span.row, first : first + len(logits)]
-    parts = zip(logits.split(_MAX_ROWS_AT_ONCE), token_ids.split(_MAX_ROWS_AT_ONCE), strict=True)
-    return [as_message(token_logprobs(part, ids, num_top=span.num_top)) for part, ids in parts if len(ids)]
+def _following(batch: Batch, span: PromptSpan, logits_of: Callable[[range], Tensor]) -> list[LogprobColumns]:
+    """Of the tokens behind each of the span's places, a bounded number of them at once."""
+    parts = []
+    for first in range(0, len(span.places), _MAX_ROWS_AT_ONCE):
+        places = span.places[first : first + _MAX_ROWS_AT_ONCE]
+        start = span.start + 1 + first
+        token_ids = batch.tokens[span.row, start : start + len(places)]
+        parts.append(LogprobColumns(token_logprobs(logits_of(places), token_ids, num_top=span.num_top)))
+    return parts
 
 
 def _join(parts: Sequence[Logprobs]) -> Logprobs:

@@ -4,6 +4,7 @@ import logging
 import signal
 import socket
 import time
+from collections import deque
 from typing import Any, Final
 
 import msgspec
@@ -11,6 +12,7 @@ import zmq
 
 from quire.common.errors import InternalError
 from quire.common.messages import RankHello, StepAck, StepPlan, decode_rank_down, encode
+from quire.worker.launched_step import LaunchedStep
 from quire.worker.rank_spec import RankSpec
 from quire.worker.runner import Runner
 
@@ -18,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 # Messages that may wait on the socket in either direction; the scheduler has at most two plans outstanding.
 MAX_QUEUED_MESSAGES: Final = 64
+# Steps that are under way at once: as many plans as a scheduler has outstanding.
+MAX_STEPS_LAUNCHED: Final = 2
 # How long an exiting rank waits for its last messages to leave.
 LINGER_S: Final = 1.0
 # How long a message may wait for room on the socket before the scheduler counts as gone.
@@ -69,34 +73,46 @@ class RankLoop:
         poller = zmq.Poller()
         poller.register(link, zmq.POLLIN)
         poller.register(wake.fileno(), zmq.POLLIN)
+        launched: deque[LaunchedStep] = deque()
         lease_end_s = time.monotonic() + self._spec.rank_lease_s
         while not self._is_stopping:
-            left_s = lease_end_s - time.monotonic()
-            if left_s <= 0:
-                _log.error("no plan for %g s (rank_lease_s); exiting", self._spec.rank_lease_s)
-                return 1
-            # Rounded up: a poll of 0 ms would turn the last millisecond of the lease into a busy loop.
-            ready = dict(poller.poll(int(left_s * 1000) + 1))
-            if link not in ready:
-                continue
             term, step_id = self._term, self._next_step_id
             try:
+                if launched and (launched[0].is_done() or len(launched) >= MAX_STEPS_LAUNCHED):
+                    self._answer(link, launched.popleft())
+                    lease_end_s = time.monotonic() + self._spec.rank_lease_s
+                    continue
+                left_s = lease_end_s - time.monotonic()
+                if left_s <= 0 and not launched:
+                    _log.error("no plan for %g s (rank_lease_s); exiting", self._spec.rank_lease_s)
+                    return 1
+                # Rounded up: a poll of 0 ms would turn the last millisecond of the lease into a busy loop. While the device
+                # computes, the next plan and its result are both awaited, and only asking for both by turns answers to both.
+                ready = dict(poller.poll(0 if launched else int(left_s * 1000) + 1))
+                if link not in ready:
+                    continue
                 plan = decode_rank_down(link.recv())
                 if plan.term < self._term:
                     continue  # of a scheduler that has been replaced
                 term, step_id = plan.term, plan.step_id
+                if plan.term > self._term:
+                    launched.clear()  # nobody waits for them any more
                 self._check_order(plan)
-                result, ack = self._runner.execute(plan)
+                launched.append(self._runner.launch(plan))
+            except zmq.Again:
+                raise
             except Exception as error:
                 _log.exception("step %d of term %d failed; exiting", step_id, term)
                 link.send(encode(StepAck(term=term, step_id=step_id, rank=self._spec.rank, error=_describe(error))))
                 return 1
-            if self._spec.rank == 0:
-                link.send(encode(result))
-            link.send(encode(ack))
-            lease_end_s = time.monotonic() + self._spec.rank_lease_s
         _log.info("stopped by SIGTERM after %d steps", self._next_step_id)
         return 0
+
+    def _answer(self, link: "zmq.Socket[bytes]", step: LaunchedStep) -> None:
+        result, ack = step.finish()
+        if self._spec.rank == 0:
+            link.send(encode(result))
+        link.send(encode(ack))
 
     def _check_order(self, plan: StepPlan) -> None:
         """Steps of a term are dense. A higher term starts anew: its scheduler knows nothing of the rows held here."""

@@ -21,6 +21,7 @@ from quire.worker.rank_spec import RankSpec
 
 # torch and transformers take seconds to import: only after the process is tied to its parent, and timed.
 if TYPE_CHECKING:
+    from quire.worker.models.llama import LlamaModel
     from quire.worker.models.transformers_model import TransformersModel
     from quire.worker.runner import Runner
 
@@ -76,23 +77,34 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         _check_gpu(spec, folder, block_bytes)
     end_phase("torch")
     from quire.worker.collectives import Collective, connect
+    from quire.worker.graphed_steps import GraphedSteps
     from quire.worker.kv_cache import KvCache
-    from quire.worker.models.self_check import check_model
-    from quire.worker.models.transformers_model import DTYPES, load_transformers_model
+    from quire.worker.models.llama import LlamaModel
+    from quire.worker.models.load_model import DTYPES, load_model
     from quire.worker.runner import Runner
     from quire.worker.warm_up import measure_prefill, touch_decodes
 
-    end_phase("transformers")
+    end_phase("imports")
     collective: Collective | None = None
     if spec.tensor_parallel_size > 1:
         collective = connect(rendezvous_path=Path(spec.rendezvous_path), rank=spec.rank, size=spec.tensor_parallel_size)
         at_end.callback(collective.close)
         _log.info("all %d ranks have met, over %s", spec.tensor_parallel_size, type(collective).__name__)
         end_phase("ranks")
-    model = load_transformers_model(folder, dtype=spec.dtype, device=spec.device, collective=collective)
+    model = load_model(
+        folder,
+        dtype=spec.dtype,
+        device=spec.device,
+        backend=spec.model_backend,
+        has_dummy_weights=spec.dummy_weights,
+        collective=collective,
+    )
     end_phase("weights")
-    check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
-    end_phase("self-check")
+    if not isinstance(model, LlamaModel):
+        from quire.worker.models.self_check import check_model
+
+        check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
+        end_phase("self-check")
     _check_host_memory(spec, block_bytes)  # once more: the weights are in memory now
     num_gpu_blocks = _num_gpu_blocks(spec, model, block_bytes) if spec.device == "cuda" else spec.num_gpu_blocks
     assert num_gpu_blocks is not None, "a pool of free memory is for GPUs"
@@ -112,10 +124,14 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         rank=spec.rank,
         max_rows=spec.max_sequences,
         max_model_len=spec.max_model_len,
+        max_batched_tokens=spec.max_batched_tokens,
         device=spec.device,
         num_cpu_blocks=spec.num_cpu_blocks,
     )
     end_phase("pool")
+    if spec.device == "cuda" and isinstance(runner.steps, GraphedSteps):
+        runner.steps.capture()
+        end_phase("graphs")
     bytes_per_s = runner.swap_pool.measure()
     if spec.device == "cuda":
         touch_decodes(runner, max_rows=spec.max_sequences)
@@ -180,11 +196,11 @@ def _check_gpu(spec: RankSpec, folder: ModelFolder, block_bytes: int) -> None:
     )
 
 
-def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel", block_bytes: int) -> int:
+def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel | LlamaModel", block_bytes: int) -> int:
     """As many KV blocks as told, else those that the GPU has room for behind the weights, the largest step and a margin."""
     import torch
 
-    from quire.worker.models.transformers_model import DTYPES
+    from quire.worker.models.load_model import DTYPES
     from quire.worker.warm_up import measure_step_bytes
 
     step_bytes = measure_step_bytes(

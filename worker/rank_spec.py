@@ -26,6 +26,8 @@ class RankSpec:
     log_level: str
     report_path: str  # file for the reason of a failed start; "" for none
     rendezvous_path: str = ""  # file at which the ranks of the group meet, new for each term; "" for a group of one
+    dummy_weights: bool = False  # random ones, and no files are read
+    model_backend: str = "auto"  # native, transformers, or auto
 
     @property
     def name(self) -> str:

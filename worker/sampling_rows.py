@@ -9,102 +9,120 @@ from torch import Tensor
 from quire.common.errors import InternalError, NotSupported
 from quire.common.messages import SamplingState
 from quire.kernels.sample import SamplingInputs
+from quire.worker.batch_memory import BatchMemory
+from quire.worker.device_tensor import device_tensor
 from quire.worker.logit_rules import LogitRules
 
-# Columns of numbers, an entry per row. top_p is float64 for the reason that SamplingInputs gives.
-_COLUMNS: Final = {
-    "temperature": torch.float32,
+# Columns of numbers, an entry per row, of 8 bytes each as BatchMemory wants them. What is float32 in the sampler is rounded there.
+COLUMNS: Final = {
+    "temperature": torch.float64,
     "top_k": torch.int64,
     "top_p": torch.float64,
-    "min_p": torch.float32,
-    "typical_p": torch.float32,
+    "min_p": torch.float64,
+    "typical_p": torch.float64,
     "seed": torch.int64,
     "sequence_index": torch.int64,
-    "repetition_penalty": torch.float32,
-    "frequency_penalty": torch.float32,
-    "presence_penalty": torch.float32,
+    "repetition_penalty": torch.float64,
+    "frequency_penalty": torch.float64,
+    "presence_penalty": torch.float64,
 }
 
 
 class SamplingRows:
     """SamplingState of the rows of a batch; the numbers of free rows mean nothing."""
 
-    # Invariant: a row is in `penalised`, `num_logprobs`, `num_beam_candidates` and `rules` only while the batch holds it.
+    # Invariant: a row is in `penalised`, `typical`, `num_logprobs`, `num_beam_candidates` and `rules` only while the batch holds it.
 
-    def __init__(self, *, max_rows: int, vocab_size: int, device: str) -> None:
+    def __init__(self, memory: BatchMemory, *, vocab_size: int, device: str) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._columns = {name: torch.zeros(max_rows, dtype=dtype, device=device) for name, dtype in _COLUMNS.items()}
+        self._memory = memory
+        self.columns = {name: memory[name] for name in COLUMNS}
         self.rules = LogitRules(vocab_size=vocab_size, device=device)
         self.penalised: set[int] = set()  # rows with any penalty
+        self.typical: set[int] = set()  # rows with typical_p
         self.num_logprobs: dict[int, int] = {}  # of most likely tokens beside the drawn one, for rows that draw and ask
         self.num_beam_candidates: dict[int, int] = {}  # for beams, which draw nothing
+
+    @property
+    def has_special(self) -> bool:
+        """Whether any row asks for more than a draw by temperature, top-k, top-p and min-p."""
+        return bool(self.penalised or self.typical or self.num_logprobs or self.num_beam_candidates or len(self.rules))
+
+    def is_special(self, row: int) -> bool:
+        """Whether this row is one of those."""
+        rare = (self.penalised, self.typical, self.num_logprobs, self.num_beam_candidates, self.rules)
+        return any(row in rows for rows in rare)
 
     def clear(self) -> None:
         """Forget all rows."""
         self.rules.clear()
         self.penalised.clear()
+        self.typical.clear()
         self.num_logprobs.clear()
         self.num_beam_candidates.clear()
 
     def remove(self, row: int) -> None:
         self.rules.remove(row)
         self.penalised.discard(row)
+        self.typical.discard(row)
         self.num_logprobs.pop(row, None)
         self.num_beam_candidates.pop(row, None)
 
-    def set(self, rows: Sequence[int], states: Sequence[SamplingState], *, prompt_lens: Sequence[int]) -> None:
-        """Give each free row its state; prompt_lens are tokens of its prompt.
+    def set(self, row: int, state: SamplingState, *, prompt_len: int) -> None:
+        """Give a free row its state; prompt_len is tokens of its prompt.
 
         Raises:
-            NotSupported: a state asks for what this rank cannot do, by field name.
-            InternalError: a state names ids that the vocabulary does not have.
+            NotSupported: the state asks for what this rank cannot do, by field name.
+            InternalError: the state names ids that the vocabulary does not have.
         """
-        for row, state, prompt_len in zip(rows, states, prompt_lens, strict=True):
-            _refuse_unsupported(state)
-            self._check_ids(row, state)
-            self.rules.set(row, state, prompt_len=prompt_len)
-            if (state.repetition_penalty, state.frequency_penalty, state.presence_penalty) != (1, 0, 0):
-                self.penalised.add(row)
-            if state.num_beam_candidates > 0:
-                self.num_beam_candidates[row] = state.num_beam_candidates
-            elif state.num_logprobs is not None:
-                self.num_logprobs[row] = state.num_logprobs
-        indices = torch.tensor(rows, device=self._device)
-        for name, column in self._columns.items():
-            values = [_signed(state.seed) if name == "seed" else getattr(state, name) for state in states]
-            column[indices] = torch.tensor(values, dtype=column.dtype, device=self._device)
+        _refuse_unsupported(state)
+        self._check_ids(row, state)
+        self.rules.set(row, state, prompt_len=prompt_len)
+        if (state.repetition_penalty, state.frequency_penalty, state.presence_penalty) != (1, 0, 0):
+            self.penalised.add(row)
+        if state.typical_p < 1:
+            self.typical.add(row)
+        if state.num_beam_candidates > 0:
+            self.num_beam_candidates[row] = state.num_beam_candidates
+        elif state.num_logprobs is not None:
+            self.num_logprobs[row] = state.num_logprobs
+        for name in COLUMNS:
+            self._memory.write(name, row, (_signed(state.seed) if name == "seed" else getattr(state, name),))
 
     def fork(self, sources: Sequence[int], targets: Sequence[int], sequence_indices: Sequence[int]) -> None:
         """Give free target rows the state of their sources, and a sequence_index of their own. No source is also a target."""
         for source, target in zip(sources, targets, strict=True):
             self.rules.fork(source, target)
-            if source in self.penalised:
-                self.penalised.add(target)
+            for rows in (self.penalised, self.typical):
+                if source in rows:
+                    rows.add(target)
             for counts in (self.num_logprobs, self.num_beam_candidates):
                 if source in counts:
                     counts[target] = counts[source]
-        origins, copies = torch.tensor((sources, targets), device=self._device)
-        for column in self._columns.values():
+        origins, copies = (device_tensor(rows, device=self._device) for rows in (sources, targets))
+        for column in self.columns.values():
             column[copies] = column[origins]
-        self._columns["sequence_index"][copies] = torch.tensor(sequence_indices, device=self._device)
+        for target, sequence_index in zip(targets, sequence_indices, strict=True):
+            self._memory.write("sequence_index", target, (sequence_index,))
 
-    def inputs(self, rows: Tensor, *, positions: Tensor) -> SamplingInputs:
-        """How to draw for these rows.
+    def inputs(self, rows: Tensor, *, lengths: Tensor) -> SamplingInputs:
+        """How to draw for these rows, each at the place behind its last token.
 
-        rows, positions: [n] int64; a position is the place in the sequence that the drawn token takes
+        rows: [n] int64, -1 for padding; lengths: [max_rows] int64
         """
-        names = [name for name in SamplingInputs.__slots__ if name != "position"]
-        return SamplingInputs(**{name: self._columns[name][rows] for name in names}, position=positions)
+        names = [name for name in SamplingInputs.__slots__ if name not in ("rows", "position")]
+        return SamplingInputs(rows=rows, position=lengths, **{name: self.columns[name] for name in names})
 
     def penalties(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The repetition, frequency and presence penalties of these rows: [n] float32 each."""
-        repetition, frequency, presence = (self._columns[f"{name}_penalty"][rows] for name in ("repetition", "frequency", "presence"))
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        repetition, frequency, presence = (self.columns[name][rows].float() for name in names)
         return repetition, frequency, presence
 
     def check(self, rows: Container[int]) -> None:
         """Assert that nothing is remembered of rows other than these."""
-        for remembered in (self.penalised, self.num_logprobs, self.num_beam_candidates, self.rules):
+        for remembered in (self.penalised, self.typical, self.num_logprobs, self.num_beam_candidates, self.rules):
             assert all(row in rows for row in remembered), (remembered, rows)
 
     def _check_ids(self, row: int, state: SamplingState) -> None:

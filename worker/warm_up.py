@@ -1,21 +1,27 @@
 """First steps of a rank before it says hello: code paths are touched once, memory is measured, and prefill is timed."""
 
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from quire.common.messages import Chunk, RowAdd, SamplingState, StepPlan
 from quire.worker.collectives import Collective, all_agree
 from quire.worker.kv_cache import KvCache
-from quire.worker.models.transformers_model import TransformersModel
+from quire.worker.models.llama import LlamaModel
 from quire.worker.runner import Runner
+
+# transformers takes seconds to import, and the native family needs none of it.
+if TYPE_CHECKING:
+    from quire.worker.models.transformers_model import TransformersModel
 
 # Prompt lengths that are timed, and after how many seconds no further one is begun.
 _LENGTHS: Final = {"cpu": (16, 64, 256), "cuda": (64, 256, 1024, 4096)}
 _BUDGET_S: Final = {"cpu": 0.1, "cuda": 0.5}
 
 _SAMPLING: Final = SamplingState(temperature=1.0, top_p=0.9)
+# What a native model draws without its graphs.
+_SPECIAL_SAMPLING: Final = SamplingState(temperature=1.0, top_p=0.9, num_logprobs=1, frequency_penalty=0.5)
 
 
 def measure_prefill(runner: Runner, *, max_tokens: int, collective: Collective | None = None) -> tuple[tuple[int, float], ...]:
@@ -47,11 +53,19 @@ def touch_decodes(runner: Runner, *, max_rows: int) -> None:
         return  # no room to draw
     counts = [1 << index for index in range(max_rows.bit_length()) if 1 << index < max_rows]
     for count in (*counts, max_rows):
-        _step(runner, num_prompts=count, length=1, num_tokens=count)
+        for sampling in (_SAMPLING, _SPECIAL_SAMPLING):
+            _step(runner, num_prompts=count, length=1, num_tokens=count, sampling=sampling)
 
 
 def measure_step_bytes(
-    model: TransformersModel, *, block_size: int, max_rows: int, max_tokens: int, max_model_len: int, dtype: torch.dtype, device: str
+    model: "TransformersModel | LlamaModel",
+    *,
+    block_size: int,
+    max_rows: int,
+    max_tokens: int,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> int:
     """What the largest step takes on the GPU beside weights and KV blocks: the batch's tensors, activations, logits.
 
@@ -69,7 +83,7 @@ def measure_step_bytes(
         dtype=dtype,
         device=device,
     )
-    runner = Runner(model, kv_cache, rank=0, max_rows=max_rows, max_model_len=max_model_len, device=device)
+    runner = Runner(model, kv_cache, rank=0, max_rows=max_rows, max_model_len=max_model_len, max_batched_tokens=max_tokens, device=device)
     _step(runner, num_prompts=min(max_rows, -(-max_tokens // length)), length=length, num_tokens=max_tokens)
     _step(runner, num_prompts=max_rows, length=1, num_tokens=max_rows)
     return torch.cuda.max_memory_allocated(device) - before - kv_cache.blocks.nbytes
@@ -80,7 +94,7 @@ def _prefill(runner: Runner, length: int) -> float:
     return _step(runner, num_prompts=1, length=length, num_tokens=length)
 
 
-def _step(runner: Runner, *, num_prompts: int, length: int, num_tokens: int) -> float:
+def _step(runner: Runner, *, num_prompts: int, length: int, num_tokens: int, sampling: SamplingState = _SAMPLING) -> float:
     """Seconds that a step takes which computes prompts of `length` tokens, `num_tokens` in all, and draws for each."""
     num_blocks = -(-length // runner.kv_cache.block_size)
     adds, chunks = [], []
@@ -88,7 +102,7 @@ def _step(runner: Runner, *, num_prompts: int, length: int, num_tokens: int) -> 
         count = min(length, num_tokens - row * length)
         first = row * num_blocks
         block_ids = tuple((first + index) % runner.kv_cache.num_blocks for index in range(-(-count // runner.kv_cache.block_size)))
-        adds.append(RowAdd(row, (0,) * count, count, 0, block_ids, 0, _SAMPLING))
+        adds.append(RowAdd(row, (0,) * count, count, 0, block_ids, 0, sampling))
         chunks.append(Chunk(row, 0, count, True))
     plan = StepPlan(0, 0, add_rows=tuple(adds), chunks=tuple(chunks), samples=tuple((row, row) for row in range(num_prompts)))
     started_s = time.perf_counter()

@@ -23,6 +23,7 @@ from quire.kernels.rotary_store import rotary_store
 from quire.kernels.sample import SamplingInputs, sample
 from quire.kernels.silu_mul import silu_mul
 from quire.kernels.store_kv import store_kv
+from quire.kernels.write_runs import write_runs
 
 pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="interpreted kernels are not compiled")
 
@@ -95,8 +96,9 @@ def small_launches() -> dict[str, Callable[[], object]]:
     norms: dict[str, Any] = {"query_norm": zeros(128), "key_norm": zeros(128)}
     step = allocate_step_tokens(256, CPU)
     plan = allocate_decode_plan(num_rows=256, num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=CPU)
-    floats, doubles = zeros(4, dtype=torch.float32), zeros(4, dtype=torch.float64)
-    inputs = SamplingInputs(floats, integers(4), doubles, floats, torch.ones(4), integers(4), integers(4), integers(4))
+    doubles = zeros(4, dtype=torch.float64)
+    rows = zeros(4, dtype=torch.int32)
+    inputs = SamplingInputs(rows, doubles, integers(4), doubles, doubles, doubles, integers(4), integers(4), integers(4))
     table = zeros(64, 128, dtype=torch.float32)
     spans = zeros(4, 4, dtype=torch.int32)
     return {
@@ -110,7 +112,9 @@ def small_launches() -> dict[str, Callable[[], object]]:
         "prepare_inputs": lambda: prepare_inputs(step, integers(4, 4096), integers(4), integers(4, 256), spans, block_size=16, max_count=1),
         "append_tokens": lambda: append_tokens(integers(4, 4096), integers(4), integers(4), integers(4)),
         "plan_decode": lambda: plan_decode(plan, integers(256), integers(256)),
-        "sample": lambda: sample(zeros(4, 128256, dtype=torch.float32), inputs, purpose=0, broken=zeros(4, dtype=torch.bool)),
+        "sample": lambda: sample(zeros(4, 128256, dtype=torch.float32), inputs, purpose=0, broken=integers(4)),
+        "sample from bfloat16": lambda: sample(zeros(4, 128256), inputs, purpose=0, broken=integers(4)),
+        "write_runs": lambda: write_runs(integers(4096), integers(8, 3), integers(64), max_count=64),
     }
 
 

@@ -56,13 +56,14 @@ def test_bfloat16_is_right_on_the_gpu(heads: tuple[int, int, int], has_norm: boo
 
 
 @pytest.mark.kernel
-def test_queries_may_be_rotated_in_place() -> None:
+def test_queries_and_keys_may_be_rotated_in_place() -> None:
     query, key, value = torch.randn(3, 7, 2, 16, device=kernel_device())
     pool = torch.zeros(9, 2, 2, 4, 16, device=query.device)
     slots, positions = torch.arange(7, device=query.device), torch.arange(7, device=query.device)
     table = rotary_table(torch.rand(8, device=query.device), max_positions=7)
     expected = rotary_store(query, key, value, pool, slots, positions, table)
-    assert torch.equal(rotary_store(query, key, value, pool, slots, positions, table, output=query), expected)
+    assert torch.equal(rotary_store(query, key, value, pool, slots, positions, table, output=query, key_output=key), expected)
+    assert torch.equal(pool[slots // 4, 0, :, slots % 4], key), "the cache holds what the keys are now"
 
 
 def test_the_table_turns_by_frequency_times_position() -> None:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +24,12 @@ from quire.kernels.sample import (
 def inputs_of(rows: Sequence[Mapping[str, float]]) -> SamplingInputs:
     """SamplingInputs from one dict per row; what a dict leaves out changes nothing."""
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "seed": 0, "sequence_index": 0, "position": 0}
-    dtypes = {"temperature": torch.float32, "min_p": torch.float32, "typical_p": torch.float32, "top_p": torch.float64}
+    floats = ("temperature", "top_p", "min_p", "typical_p")
     filled = [{**defaults, **row} for row in rows]
-    return SamplingInputs(**{name: torch.tensor([row[name] for row in filled], dtype=dtypes.get(name, torch.int64)) for name in defaults})
+    columns = {
+        name: torch.tensor([row[name] for row in filled], dtype=torch.float64 if name in floats else torch.int64) for name in defaults
+    }
+    return SamplingInputs(rows=torch.arange(len(rows)), **columns)
 
 
 def logits_of(num_rows: int, vocab_size: int, seed: int = 0) -> Tensor:
@@ -48,7 +52,7 @@ def test_top_k_then_top_p_keep_what_transformers_keeps(vocab_size: int, top_k: i
 def test_min_p_keeps_what_transformers_keeps(vocab_size: int, min_p: float) -> None:
     logits = logits_of(3, vocab_size)
     expected = MinPLogitsWarper(min_p)(None, logits)
-    assert torch.equal(filter_min_p(logits, min_p=inputs_of([{"min_p": min_p}] * 3).min_p), expected)
+    assert torch.equal(filter_min_p(logits, min_p=inputs_of([{"min_p": min_p}] * 3).picked().min_p), expected)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 129, 1000])
@@ -59,7 +63,7 @@ def test_typical_p_keeps_what_transformers_keeps(vocab_size: int, typical_p: flo
     if top_k:  # most tokens are forbidden already
         logits = TopKLogitsWarper(top_k)(None, logits)
     expected = TypicalLogitsWarper(typical_p)(None, logits)
-    assert torch.equal(filter_typical_p(logits, typical_p=inputs_of([{"typical_p": typical_p}] * 3).typical_p), expected)
+    assert torch.equal(filter_typical_p(logits, typical_p=inputs_of([{"typical_p": typical_p}] * 3).picked().typical_p), expected)
 
 
 def test_typical_p_keeps_the_same_tokens_alone_and_in_a_crowd() -> None:
@@ -100,15 +104,15 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
 def test_noise_is_keyed_by_seed_token_position_sequence_and_purpose(vocab_size: int) -> None:
     seed = 2**63 + 12345
     inputs = inputs_of([{"seed": seed - 2**64, "position": 77, "sequence_index": 3}])
-    noise = gumbel_noise(vocab_size, inputs, purpose=1)
+    noise = gumbel_noise(vocab_size, inputs.picked(), purpose=1)
     for token_id in {0, vocab_size // 2, vocab_size - 1}:
         expected = gumbel_noise_reference(token_id, seed=seed, position=77, sequence_index=3, purpose=1)
         assert noise[0, token_id] == pytest.approx(float(expected), abs=1e-6)
     if vocab_size > 100:
         for changed in ({"seed": 1}, {"position": 78}, {"sequence_index": 4}):
             other = inputs_of([{"seed": seed - 2**64, "position": 77, "sequence_index": 3, **changed}])
-            assert not torch.equal(gumbel_noise(vocab_size, other, purpose=1), noise)
-        assert not torch.equal(gumbel_noise(vocab_size, inputs, purpose=0), noise)
+            assert not torch.equal(gumbel_noise(vocab_size, other.picked(), purpose=1), noise)
+        assert not torch.equal(gumbel_noise(vocab_size, inputs.picked(), purpose=0), noise)
 
 
 def test_the_largest_word_gives_finite_noise() -> None:
@@ -127,7 +131,9 @@ def test_a_row_draws_the_same_alone_and_in_a_crowd() -> None:
     together = sample(logits, inputs_of(rows), purpose=0)
     for index, row in enumerate(rows):
         assert sample(logits[index : index + 1], inputs_of([row]), purpose=0).tolist() == [int(together[index])]
-        assert torch.equal(gumbel_noise(1003, inputs_of(rows), purpose=0)[index], gumbel_noise(1003, inputs_of([row]), purpose=0)[0])
+        assert torch.equal(
+            gumbel_noise(1003, inputs_of(rows).picked(), purpose=0)[index], gumbel_noise(1003, inputs_of([row]).picked(), purpose=0)[0]
+        )
 
 
 def test_draws_follow_the_softmax() -> None:
@@ -210,7 +216,24 @@ def test_broken_rows_are_told_on_the_way_and_change_no_other() -> None:
     token_ids = sample(logits, inputs, purpose=0, broken=broken)
     assert broken.tolist() == [False, True, True, True, False]
     assert token_ids[[0, 4]].tolist() == whole[[0, 4]].tolist()
-    assert ((token_ids >= 0) & (token_ids < 129)).all()
+    assert token_ids[1:4].tolist() == [0, 0, 0]
+
+
+@pytest.mark.kernel
+def test_rows_find_their_numbers_anywhere_and_padding_draws_nothing() -> None:
+    columns = inputs_of([{"seed": index, **options} for index, options in enumerate(FILTERS.values())])
+    logits = logits_of(5, 129)
+    logits[4] = math.nan
+    rows = torch.tensor([6, -1, 2, 3, -1])
+    inputs = on_kernel_device(replace(columns, rows=rows))
+    broken, token_ids = torch.full((2, 5), 9, device=kernel_device())
+    assert sample(logits.to(kernel_device()), inputs, purpose=0, token_ids=token_ids, broken=broken) is token_ids
+    alone = [
+        int(sample(logits[i : i + 1].to(kernel_device()), on_kernel_device(replace(columns, rows=rows[i : i + 1])), purpose=0))
+        for i in (0, 2, 3)
+    ]
+    assert token_ids.tolist() == [alone[0], 0, alone[1], alone[2], 0]
+    assert broken.tolist() == [0] * 5
 
 
 @pytest.mark.gpu

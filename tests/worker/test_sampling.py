@@ -28,9 +28,9 @@ from transformers import (
 
 from quire.common.errors import InternalError
 from quire.common.messages import Chunk, DrawPurpose, RowAdd, RowErrorCode, SamplingState
-from quire.kernels.sample import SamplingInputs, gumbel_noise
+from quire.kernels.sample import SamplingRow, gumbel_noise
 from quire.worker.models.transformers_model import TransformersModel
-from quire.worker.sampler import sample_rows
+from quire.worker.sampler import Draw
 
 VOCAB_SIZE = 4096
 PROMPT = [17, 900, 3, 77, 900, 2048, 5, 6, 77]
@@ -80,7 +80,7 @@ def noise(state: SamplingState, position: int) -> Tensor:
     """Of every token, for the draw at this position."""
     ones, seed = torch.ones(1), state.seed - 2**64 if state.seed >= 2**63 else state.seed
     key = (torch.tensor([seed]), torch.tensor([state.sequence_index]), torch.tensor([position]))
-    return gumbel_noise(VOCAB_SIZE, SamplingInputs(ones, ones, ones, ones, ones, *key), purpose=DrawPurpose.TARGET)[0]
+    return gumbel_noise(VOCAB_SIZE, SamplingRow(ones, ones, ones, ones, ones, *key), purpose=DrawPurpose.TARGET)[0]
 
 
 def expected_tokens(model: TransformersModel, prompt: Sequence[int], state: SamplingState, *, num_tokens: int) -> list[int]:
@@ -275,9 +275,9 @@ def test_logits_that_are_broken_from_the_start_are_not_blamed_on_the_rules(make_
     logits[0, 9] = float("nan")
     logits[1] = float("-inf")
     logits[2:, 5] = 1.0
-    sampled = sample_rows(driver.runner.batch, logits, [0, 1, 2, 3])
+    sampled = Draw(driver.runner.batch, logits, [0, 1, 2, 3]).read()
     assert sampled.errors == {0: RowErrorCode.NOT_FINITE, 1: RowErrorCode.NOT_FINITE}
-    assert sampled.token_ids.tolist() == [0, 0, 0, 5]
+    assert sampled.token_ids == [0, 0, 0, 5]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def _ragged_logits(model: TransformersModel, sequences: Sequence[Tensor], *, dty
             batch.add([RowAdd(row, tuple(sequences[row][:end].tolist()), end, done[row], block_ids, 0, SamplingState())])
         chunks = [Chunk(row, done[row], count, False) for row, count in counts.items() if count > 1]
         decoding = [row for row, count in counts.items() if count == 1]
+        batch.flush()
         inputs = build_step_inputs(batch, chunks, decoding)
         logits = model.forward(inputs, kv_cache, logits_index=torch.arange(len(inputs.token_ids), device=device))
         order = [chunk.row for chunk in chunks] + decoding

@@ -1,0 +1,133 @@
+"""The native Llama family beside transformers' own modules: logits, greedy tokens, parts of it over ranks."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_models import NATIVE_MODELS
+from plan_driver import PlanDriver
+from tiny_families import SIZES
+from tiny_models import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from quire.common.errors import ConfigError
+from quire.common.messages import Chunk, SamplingState
+from quire.common.model_folder import read_model_folder
+from quire.worker.kv_cache import KvCache
+from quire.worker.models.llama import LlamaModel, LlamaShare, read_llama_config
+from quire.worker.models.llama_weights import empty_weights, fill_at_random
+from quire.worker.models.load_model import load_llama_model
+from quire.worker.runner import Runner
+
+VOCAB_SIZE = SIZES["vocab_size"]
+NUM_TOKENS = 10
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    chance = random.Random(0)
+    return [[chance.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module", params=NATIVE_MODELS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, config = NATIVE_MODELS[request.param]
+    return save_tiny_model(tmp_path_factory.mktemp(request.param), family, seed=3, **config)
+
+
+def runner_of(model: LlamaModel, *, block_size: int = 4, max_rows: int = 10) -> Runner:
+    folder = model.folder
+    kv_cache = KvCache(
+        num_blocks=256,
+        num_layers=folder.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        block_size=block_size,
+        head_dim=folder.head_dim,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    return Runner(model, kv_cache, rank=0, max_rows=max_rows, max_model_len=200, max_batched_tokens=64, device="cpu")
+
+
+def continued(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers' greedy generate says."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": NUM_TOKENS, "eos_token_id": None, "pad_token_id": 0}
+    return [model.generate(torch.tensor([prompt]), **options)[0].tolist()[len(prompt) :] for prompt in prompts]
+
+
+@pytest.mark.parametrize(("block_size", "chunk", "stagger"), [(4, 7, 1), (16, 100, 0), (1, 1, 2)])
+def test_a_crowd_is_continued_as_transformers_continues_each_alone(folder: Path, block_size: int, chunk: int, stagger: int) -> None:
+    prompts = prompts_of(1, 7, 16, 33, 2, 5)
+    model = load_llama_model(read_model_folder(folder), dtype="float32", device="cpu")
+    driver = PlanDriver(runner_of(model, block_size=block_size))
+    assert driver.generate(prompts, num_tokens=NUM_TOKENS, chunk=chunk, stagger=stagger) == continued(folder, prompts)
+
+
+def test_what_asks_for_more_than_a_draw_gets_it_beside_those_who_do_not(folder: Path) -> None:
+    """Penalties, rules and log probabilities leave the graphs for their step; the rows beside them draw what they would have drawn."""
+    prompts = prompts_of(9, 7, 16)
+    model = load_llama_model(read_model_folder(folder), dtype="float32", device="cpu")
+    plain = [SamplingState(temperature=0.0), SamplingState(seed=5, top_p=0.9), SamplingState(seed=6, top_k=20)]
+    expected = PlanDriver(runner_of(model)).generate(prompts, num_tokens=NUM_TOKENS, chunk=8, sampling=plain)
+    asking = [SamplingState(temperature=0.0, num_logprobs=2), plain[1], SamplingState(seed=6, top_k=20, bad_ids=(0,))]
+    driver = PlanDriver(runner_of(model))
+    actual = driver.generate(prompts, num_tokens=NUM_TOKENS, chunk=8, sampling=asking)
+    assert actual[:2] == expected[:2]
+    if 0 not in expected[2]:
+        assert actual[2] == expected[2]
+
+
+def test_prompt_logprobs_of_chunks_are_those_of_the_whole(folder: Path) -> None:
+    prompt = prompts_of(33)[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)[:-1].gather(1, torch.tensor(prompt)[1:, None])[:, 0]
+    driver = PlanDriver(runner_of(load_llama_model(read_model_folder(folder), dtype="float32", device="cpu")))
+    state = SamplingState(temperature=0.0, num_prompt_logprobs=1)
+    seen: list[float] = []
+    added = driver.add(0, prompt, state)
+    for start in range(0, 33, 11):
+        chunk = Chunk(0, start, 11, start == 22)
+        result = driver.step(add_rows=(added,) if start == 0 else (), chunks=(chunk,), samples=((0, 0),) if chunk.is_last else ())
+        seen += [value for _, columns in result.prompt_logprobs for value in columns.logprobs]
+    torch.testing.assert_close(torch.tensor(seen), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"hidden_act": "gelu"}, "its activation is gelu, not silu"),
+        ({"mlp_bias": True}, "its MLP has biases"),
+        ({"attention_bias": True}, "its attention's output has a bias"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "its rotary positions are of kind yarn"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantized"),
+        ({"model_type": "gemma2"}, "the families are llama, mistral, qwen2, qwen3"),
+    ],
+)
+def test_a_config_that_asks_for_more_is_refused_by_name(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    path = save_tiny_model(tmp_path, "llama", **SIZES)
+    config = {**json.loads((path / "config.json").read_text()), **change}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=why):
+        read_llama_config(read_model_folder(path))
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, "llama", **SIZES)
+    config = {**json.loads((path / "config.json").read_text()), "num_hidden_layers": 3}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"lack 9 weights of the 'llama' family, model\.layers\.2\.input_layernorm\.weight first"):
+        load_llama_model(read_model_folder(path), dtype="float32", device="cpu")
+
+
+def test_random_weights_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    folder = read_model_folder(save_tiny_model(tmp_path, "llama", **SIZES))
+    share = LlamaShare(read_llama_config(folder))
+    first, second = (empty_weights(share, dtype=torch.float32, device="cpu") for _ in range(2))
+    fill_at_random(first, share)
+    fill_at_random(second, share)
+    assert torch.equal(first.layers[1].down, second.layers[1].down)
+    assert 0.015 < float(first.head.std()) < 0.025
+    assert torch.equal(first.final_norm, torch.ones(64))

@@ -1,0 +1,293 @@
+"""Steps of a native model: a few CUDA graphs, of padded sizes, that find all they need on the device."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.common.messages import Chunk, DrawPurpose, RowErrorCode
+from quire.kernels import dense_attention
+from quire.kernels.attention_tiles import prefill_tile
+from quire.kernels.decode_plan import plan_decode
+from quire.kernels.paged_decode import paged_decode
+from quire.kernels.paged_prefill import paged_prefill
+from quire.kernels.prepare_inputs import StepTokens, append_tokens, prepare_inputs
+from quire.kernels.sample import sample
+from quire.worker.batch import Batch, RowIds
+from quire.worker.kernel_attention import HeadShape
+from quire.worker.kv_cache import KvCache
+from quire.worker.logprobs import PromptLogprobs, prompt_spans
+from quire.worker.models.llama import LlamaModel
+from quire.worker.sampler import Draw, Sampled
+from quire.worker.static_step import StaticStep, StepLayout, lay_out
+
+_log = logging.getLogger(__name__)
+
+# Sizes of steps that decode alone: each row of padding costs its share of the products.
+_DECODE_SIZES: Final = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 1025, 32))
+# Sizes of steps with chunks, in tokens. From there on launching takes less time than computing.
+_MIXED_SIZES: Final = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# Chunks of such a step: each may add a piece of attention that is not full.
+_MAX_MIXED_CHUNKS: Final = 16
+# Host buffers for drawn tokens: two steps are under way, one is being read, one is being filled.
+_NUM_HOST_BUFFERS: Final = 4
+
+
+class GraphedDraw:
+    """The samples of a step that draw and ask for nothing else, on their way to the host."""
+
+    def __init__(self, drawn: Tensor, num_samples: int) -> None:
+        self._drawn = drawn  # [2, max_rows] int64: token ids; whether the row was broken
+        self._num_samples = num_samples
+
+    def read(self) -> Sampled:
+        """What came of it, once the step has ended."""
+        token_ids = self._drawn[0, : self._num_samples].tolist()
+        broken = self._drawn[1, : self._num_samples].numpy()
+        errors = {int(index): RowErrorCode.NOT_FINITE for index in broken.nonzero()[0]} if broken.any() else {}
+        return Sampled(token_ids=token_ids, drawing=range(self._num_samples), errors=errors)
+
+
+class GraphedSteps:
+    """The forward passes and draws of one batch.
+
+    A step is three launches, each a graph where there is one of its size: the layers, the logits of the tokens that are
+    sampled, the draw with the appending of what was drawn. While the same rows decode, nothing is sent to the device. Steps
+    that are larger than any graph are launched kernel by kernel, over the same buffers; so are those of devices without graphs.
+    """
+
+    def __init__(self, model: LlamaModel, kv_cache: KvCache, batch: Batch, *, max_batched_tokens: int) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._batch = batch
+        config = model.config
+        device = batch.tokens.device
+        dtype = model.weights.embedding.dtype
+        self._tile = prefill_tile(head_dim=config.head_dim, num_bytes=dtype.itemsize, block_size=kv_cache.block_size)
+        self._shape = HeadShape(model.num_heads, model.num_kv_heads, config.head_dim, dtype, config.sliding_window)
+        self._has_dense = config.sliding_window is None and dense_attention.is_supported(
+            head_dim=config.head_dim, dtype=dtype, device=device
+        )
+        max_rows = batch.max_rows
+        max_tokens = max(max_batched_tokens, max_rows)
+        self._step = StaticStep(
+            max_rows=max_rows, max_tokens=max_tokens, tile=self._tile, group=model.num_heads // model.num_kv_heads, device=device
+        )
+        self._hidden = torch.zeros((max_tokens, config.hidden_size), dtype=dtype, device=device)
+        self._logits = torch.zeros((max_rows, model.vocab_size), dtype=dtype, device=device)
+        self._drawn = torch.zeros((2, max_rows), dtype=torch.int64, device=device)
+        self._host_drawn = [
+            torch.zeros((2, max_rows), dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(_NUM_HOST_BUFFERS)
+        ]
+        self._next_host = 0
+        self._decode_sizes = [size for size in _DECODE_SIZES if size < max_rows] + [max_rows]
+        self._mixed_sizes = [size for size in _MIXED_SIZES if size <= max_tokens]
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._steady: RowIds | None = None  # the rows of the step before, if it only decoded: its inputs are still in place
+        self._steady_size = 0
+
+    def compute(
+        self, chunks: Sequence[Chunk], decoding: RowIds, samples: Sequence[tuple[int, int]]
+    ) -> tuple[GraphedDraw | Draw | None, PromptLogprobs | None]:
+        """Launch one step; see StepPlan for what it means. What was drawn is appended to its rows, here and on the device."""
+        batch = self._batch
+        if not chunks and not samples and decoding is self._steady:
+            self._run_layers_of_decodes(self._steady_size)
+            return self._sample(decoding, self._steady_size), None
+        layout = lay_out(chunks, decoding, batch.sizes.length)
+        last_places = {chunk.row: place + chunk.count - 1 for chunk, place in zip(chunks, layout.chunk_places, strict=True)}
+        first = layout.num_tokens - len(decoding)
+        sources = [last_places[source] if source in last_places else first + int(decoding.searchsorted(source)) for source, _ in samples]
+        places = np.concatenate((np.array(sources, np.int64), np.arange(first, layout.num_tokens)))
+        sampled = np.concatenate((np.array([row for _, row in samples], np.int64), decoding)) if samples else decoding
+        spans = prompt_spans(batch, chunks, layout.chunk_places)
+        self._run_layers(layout, places, sampled)
+        prompts = PromptLogprobs(batch, spans, self._logits_of) if spans else None
+        self._steady = None
+        if not len(sampled):
+            return None, prompts
+        size = next(size for size in self._decode_sizes if size >= len(sampled))
+        if not chunks:
+            self._steady, self._steady_size = decoding, size
+        return self._sample(sampled, size), prompts
+
+    def last_logits(self, num_samples: int) -> Tensor:
+        """The logits of the last step's samples: [num_samples, vocab_size] in the model's dtype; until the next step."""
+        return self._logits[:num_samples]
+
+    # -- launches ---------------------------------------------------------------------------------------------------
+
+    def _run_layers(self, layout: StepLayout, places: RowIds, sampled: RowIds) -> None:
+        num_tokens = layout.num_tokens
+        if not layout.longer:
+            size = next(size for size in self._decode_sizes if size >= num_tokens)
+            self._step.fill(layout, num_padded=size, places=places, sample_rows=sampled)
+            self._run_layers_of_decodes(size)
+            return
+        sizes = self._mixed_sizes if len(layout.longer) <= _MAX_MIXED_CHUNKS else []
+        mixed = next((size for size in sizes if size >= num_tokens), None)
+        dense = self._dense_chunks(layout) if mixed is None else {}
+        num_pieces = self._step.fill(layout, num_padded=mixed or num_tokens, places=places, sample_rows=sampled, dense_rows=dense)
+        if mixed is not None:
+            self._launch(("mixed", mixed), lambda: self._mixed_layers(mixed))
+        else:
+            num_decodes = self._batch.max_rows if len(layout.decodes) else 0
+            self._layers(num_tokens, num_pieces=num_pieces, num_decodes=num_decodes, has_chunks=True, dense=tuple(dense.values()))
+
+    def _dense_chunks(self, layout: StepLayout) -> dict[int, tuple[int, int]]:
+        """Long prompts that begin in this step: by row where their tokens begin, and their number."""
+        if not self._has_dense:
+            return {}
+        dense = {}
+        first = 0
+        for chunk in layout.longer:
+            if chunk.start == 0 and chunk.count >= dense_attention.MIN_TOKENS:
+                dense[chunk.row] = (first, chunk.count)
+            first += chunk.count
+        return dense
+
+    def _run_layers_of_decodes(self, size: int) -> None:
+        self._launch(("decode", size), lambda: self._layers(size, num_pieces=0, num_decodes=size))
+
+    def _mixed_layers(self, size: int) -> None:
+        num_pieces = self._step.pieces_of(size, num_chunks=_MAX_MIXED_CHUNKS)
+        self._layers(size, num_pieces=num_pieces, num_decodes=self._batch.max_rows, has_chunks=True)
+
+    def _layers(
+        self,
+        num_tokens: int,
+        *,
+        num_pieces: int,
+        num_decodes: int,
+        has_chunks: bool = False,
+        dense: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Everything up to the last hidden states of `num_tokens` tokens.
+
+        dense: where tokens of prompts begin that attend to nothing but themselves, and their number
+        """
+        batch, step, model = self._batch, self._step, self._model
+        tokens = StepTokens(step.tokens.token_ids[:num_tokens], step.tokens.positions[:num_tokens], step.tokens.slot_mapping[:num_tokens])
+        spans = step.spans if has_chunks else step.spans[:num_decodes]
+        max_count = num_tokens if has_chunks else 1
+        prepare_inputs(tokens, batch.tokens, batch.lengths, batch.block_tables, spans, block_size=batch.block_size, max_count=max_count)
+        rows = step.decode_rows[:num_decodes]
+        plan = batch.decode_plans.of(self._shape, num_rows=num_decodes) if num_decodes else None
+        if plan is not None:
+            plan_decode(plan, batch.lengths, rows)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) -> Tensor:
+            output = torch.empty((num_tokens, *query.shape[1:]), dtype=query.dtype, device=query.device)
+            for first, count in dense:
+                end = first + dense_attention.padded_size(count)
+                attended = dense_attention.dense_attention(query[first:end], key[first:end], value[first:end], scale=model.scale)
+                output[first : first + count] = attended[:count]
+            query = query[:num_tokens]
+            if num_pieces:
+                pieces = step.pieces[:num_pieces]
+                window = self._shape.sliding_window
+                paged_prefill(
+                    query, layer, batch.block_tables, pieces, scale=model.scale, sliding_window=window, output=output, tile=self._tile
+                )
+            if plan is not None:
+                paged_decode(
+                    query, layer, batch.block_tables, plan, lengths=batch.lengths, rows=rows, scale=model.scale, output=output,
+                    first_query=step.first_decode,
+                )  # fmt: skip
+            return output
+
+        num_dense = max((first + dense_attention.padded_size(count) for first, count in dense), default=None)
+        model.hidden(
+            tokens.token_ids,
+            tokens.positions,
+            tokens.slot_mapping,
+            self._kv_cache,
+            attend,
+            output=self._hidden[:num_tokens],
+            num_dense=num_dense,
+        )
+
+    def _sample(self, sampled: RowIds, size: int) -> GraphedDraw | Draw:
+        batch = self._batch
+        self._launch(("logits", size), lambda: self._compute_logits(size))
+        if batch.sampling.has_special and any(batch.sampling.is_special(row) for row in sampled.tolist()):
+            draw = Draw(batch, self._logits[: len(sampled)].float(), sampled.tolist())
+            draw.append()
+            return draw
+        self._launch(("draw", size), lambda: self._draw(size))
+        batch.lengthen_drawn(sampled)
+        host = self._host_drawn[self._next_host]
+        self._next_host = (self._next_host + 1) % _NUM_HOST_BUFFERS
+        host.copy_(self._drawn, non_blocking=True)
+        return GraphedDraw(host, len(sampled))
+
+    def _compute_logits(self, size: int) -> None:
+        self._model.logits(self._hidden.index_select(0, self._step.logits_places[:size]), output=self._logits[:size])
+
+    def _draw(self, size: int) -> None:
+        batch = self._batch
+        rows = self._step.sample_rows[:size]
+        sample(
+            self._logits[:size],
+            batch.sampling.inputs(rows, lengths=batch.lengths),
+            purpose=DrawPurpose.TARGET,
+            token_ids=self._drawn[0, :size],
+            broken=self._drawn[1, :size],
+        )
+        append_tokens(batch.tokens, batch.lengths, rows, self._drawn[0, :size])
+
+    def _logits_of(self, places: range) -> Tensor:
+        return self._model.logits(self._hidden[places.start : places.stop]).float()
+
+    # -- graphs -----------------------------------------------------------------------------------------------------
+
+    def capture(self) -> None:
+        """Compile every kernel and capture every graph. For an idle batch: its rows and the cache's contents are not touched."""
+        started_s = time.perf_counter()
+        self._step.fill(StepLayout((), np.zeros(0, np.int64), (), 0), num_padded=0, places=(), sample_rows=())
+        works: dict[tuple[str, int], Callable[[], None]] = {}
+        # Largest first: the others then find their memory in what the largest has left.
+        for size in reversed(self._mixed_sizes):
+            works["mixed", size] = lambda size=size: self._mixed_layers(size)  # type: ignore[misc]
+        for size in reversed(self._decode_sizes):
+            works["decode", size] = lambda size=size: self._layers(size, num_pieces=0, num_decodes=size)  # type: ignore[misc]
+            works["logits", size] = lambda size=size: self._compute_logits(size)  # type: ignore[misc]
+            works["draw", size] = lambda size=size: self._draw(size)  # type: ignore[misc]
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for key, work in works.items():
+                work()  # what a first launch compiles or sets up must not happen while capturing
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool)
+                work()
+                graph.capture_end()
+                self._graphs[key] = graph
+        torch.cuda.current_stream().wait_stream(stream)
+        self._plan_dense_attention()
+        torch.cuda.synchronize()
+        _log.info("captured %d graphs in %.2f s", len(works), time.perf_counter() - started_s)
+
+    def _plan_dense_attention(self) -> None:
+        """Let cuDNN plan every size that it may be asked for."""
+        if not self._has_dense:
+            return
+        shape = self._shape
+        most = dense_attention.padded_size(min(len(self._hidden), self._batch.tokens.shape[1]))
+        width = shape.num_heads + 2 * shape.num_kv_heads
+        qkv = torch.zeros((most, width, shape.head_dim), dtype=shape.dtype, device=self._hidden.device)
+        query, key, value = qkv.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
+        for size in range(dense_attention.padded_size(dense_attention.MIN_TOKENS), most + 1, dense_attention.SIZE_STEP):
+            dense_attention.dense_attention(query[:size], key[:size], value[:size], scale=self._model.scale)
+
+    def _launch(self, key: tuple[str, int], work: Callable[[], None]) -> None:
+        graph = self._graphs.get(key)
+        if graph is None:
+            work()
+        else:
+            graph.replay()

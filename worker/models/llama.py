@@ -1,0 +1,300 @@
+"""The Llama family in our own words, for speed on GPUs: Llama, Mistral, Qwen2, Qwen3. One fused product where checkpoints have several."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.common.errors import ConfigError
+from quire.common.model_folder import ModelFolder, read_config
+from quire.kernels.paged_attention import paged_attention
+from quire.kernels.rms_norm import rms_norm
+from quire.kernels.rotary_store import rotary_store, rotary_table
+from quire.kernels.silu_mul import silu_mul
+from quire.worker.collectives import Collective
+from quire.worker.kv_cache import KvCache
+from quire.worker.step_inputs import StepInputs
+
+FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+
+# (queries [num_tokens, num_heads, head_dim], the step's own keys and values [num_tokens + padding, num_kv_heads, head_dim], one
+# layer of the cache, which has them as well) -> the queries' shape: attention of this step's tokens.
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """What of config.json the family's arithmetic depends on."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    is_tied: bool  # the output layer is the token embedding
+    has_qkv_bias: bool
+    has_qk_norm: bool
+    sliding_window: int | None
+    rope_theta: float
+    rope: tuple[tuple[str, Any], ...]  # rope_type and what it needs
+
+
+def read_llama_config(folder: ModelFolder) -> LlamaConfig:
+    """Read a folder's config.json.
+
+    Raises:
+        ConfigError: it asks for something that only transformers' modules do, by name.
+    """
+    config = read_config(folder.path)
+    family = folder.model_type
+    if family not in FAMILIES:
+        raise _refusal(family, f"the families are {', '.join(FAMILIES)}")
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise _refusal(family, f"its activation is {activation}, not silu")
+    if config.get("mlp_bias"):
+        raise _refusal(family, "its MLP has biases")
+    if config.get("attention_bias") and family in ("llama", "qwen3"):
+        raise _refusal(family, "its attention's output has a bias")
+    if config.get("quantization_config"):
+        raise _refusal(family, "its weights are quantized")
+    rope = {**(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    rope_type = str(rope.get("rope_type") or rope.get("type") or "default")
+    if rope_type not in _ROPES or "partial_rotary_factor" in {**rope, **config}:
+        raise _refusal(family, f"its rotary positions are of kind {rope_type}; known: {', '.join(_ROPES)}, on whole heads")
+    window = config.get("sliding_window", 4096) if family == "mistral" else None
+    if config.get("use_sliding_window") and family in ("qwen2", "qwen3"):
+        raise _refusal(family, "only some of its layers have a sliding window")
+    return LlamaConfig(
+        hidden_size=folder.hidden_size,
+        intermediate_size=int(config["intermediate_size"]),
+        num_layers=folder.num_layers,
+        num_heads=folder.num_heads,
+        num_kv_heads=folder.num_kv_heads,
+        head_dim=folder.head_dim,
+        vocab_size=folder.vocab_size,
+        max_positions=folder.max_positions,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        is_tied=bool(config.get("tie_word_embeddings", False)),
+        has_qkv_bias=family == "qwen2",
+        has_qk_norm=family == "qwen3",
+        sliding_window=int(window) if window is not None and window < folder.max_positions else None,
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope=tuple(sorted({**rope, "rope_type": rope_type}.items())),
+    )
+
+
+@dataclass(slots=True)
+class LlamaLayer:
+    """One layer's weights on one rank. Rows of a product are its outputs, as checkpoints have them."""
+
+    input_norm: Tensor  # [hidden_size]
+    qkv: Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden_size]
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None  # [head_dim]
+    key_norm: Tensor | None
+    output: Tensor  # [hidden_size, num_heads * head_dim]
+    mlp_norm: Tensor  # [hidden_size]
+    gate_up: Tensor  # [2 * intermediate_size, hidden_size]: all gates, then all others
+    down: Tensor  # [hidden_size, intermediate_size]
+
+
+@dataclass(slots=True)
+class LlamaWeights:
+    """All weights of one rank."""
+
+    embedding: Tensor  # [vocabulary's part, hidden_size]
+    layers: list[LlamaLayer]
+    final_norm: Tensor  # [hidden_size]
+    head: Tensor  # [vocabulary's part, hidden_size]; the embedding itself where they are tied
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaShare:
+    """One rank's part of a model over `size` ranks."""
+
+    config: LlamaConfig
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_heads // self.size
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads are replicated when fewer than ranks."""
+        return max(1, self.config.num_kv_heads // self.size)
+
+    @property
+    def first_kv_head(self) -> int:
+        return self.rank * self.config.num_kv_heads // self.size
+
+    def bounds(self, width: int) -> tuple[int, int]:
+        """Where this rank's part of `width` rows or columns begins and ends; parts differ by at most one."""
+        return self.rank * width // self.size, (self.rank + 1) * width // self.size
+
+    def widths(self, width: int) -> list[int]:
+        return [(rank + 1) * width // self.size - rank * width // self.size for rank in range(self.size)]
+
+
+class LlamaModel:
+    """A model of the family, or one rank's share of it, that writes to and reads from a KvCache."""
+
+    def __init__(self, folder: ModelFolder, share: LlamaShare, weights: LlamaWeights, collective: Collective | None = None) -> None:
+        self.folder = folder
+        self.config = share.config
+        self.weights = weights
+        self.vocab_size = folder.vocab_size
+        self.num_heads = share.num_heads
+        self.num_kv_heads = share.num_kv_heads
+        self._share = share
+        self._collective = collective
+        frequencies = rope_frequencies(share.config, device=weights.embedding.device)
+        self._cos_sin = rotary_table(frequencies, max_positions=share.config.max_positions)
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        return float(self.config.head_dim**-0.5)
+
+    def forward(self, inputs: StepInputs, kv_cache: KvCache, *, logits_index: Tensor) -> Tensor:
+        """Compute a step's tokens: their keys and values go to the cache, the logits of some of them come back.
+
+        logits_index: [n] int64, places in the step's tokens
+        result:       [n, vocab_size] float32
+        """
+        how: dict[str, Any] = {"scale": self.scale, "sliding_window": self.config.sliding_window, "softcap": None, "sinks": None}
+
+        def attend(query: Tensor, _key: Tensor, _value: Tensor, layer: Tensor) -> Tensor:
+            if inputs.kernels is None:
+                return paged_attention(query, layer, inputs.ragged, **how)
+            return inputs.kernels.attend(query, layer, **how)
+
+        hidden = self.hidden(inputs.token_ids, inputs.positions, inputs.slot_mapping, kv_cache, attend)
+        return self.logits(hidden[logits_index]).float()
+
+    def hidden(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        kv_cache: KvCache,
+        attend: Attend,
+        *,
+        output: Tensor | None = None,
+        num_dense: int | None = None,
+    ) -> Tensor:
+        """The normed last hidden state of every token: [num_tokens, hidden_size], in `output` if given.
+
+        token_ids, positions, slot_mapping: [num_tokens] int64; a slot of -1 is of padding, whose result is anything
+        num_dense: None: `attend` reads keys and values from the cache alone. Else it is given rotated keys, and zeros behind the
+                   step's tokens up to so many
+        """
+        config, weights = self.config, self.weights
+        num_tokens = token_ids.shape[0]
+        query_width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
+        residual = self._embed(token_ids)
+        normed = rms_norm(residual, weights.layers[0].input_norm, eps=config.norm_eps)
+        for index, layer in enumerate(weights.layers):
+            qkv = _product(normed, layer.qkv, layer.qkv_bias, num_rows=num_dense)
+            queries, keys, values = (part.view(len(qkv), -1, config.head_dim) for part in qkv.split((query_width, kv_width, kv_width), 1))
+            cache = kv_cache.layer(index)
+            rotary_store(
+                queries[:num_tokens],
+                keys[:num_tokens],
+                values[:num_tokens],
+                cache,
+                slot_mapping,
+                positions,
+                self._cos_sin,
+                query_norm=layer.query_norm,
+                key_norm=layer.key_norm,
+                eps=config.norm_eps,
+                output=queries[:num_tokens],
+                key_output=None if num_dense is None else keys[:num_tokens],
+            )
+            attended = attend(queries, keys, values, cache)
+            projected = self._sum(F.linear(attended.view(num_tokens, query_width), layer.output))
+            normed = rms_norm(projected, layer.mlp_norm, eps=config.norm_eps, residual=residual)
+            gated = silu_mul(F.linear(normed, layer.gate_up))
+            down = self._sum(F.linear(gated, layer.down))
+            is_last = index + 1 == len(weights.layers)
+            next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
+            normed = rms_norm(down, next_norm, eps=config.norm_eps, residual=residual, output=output if is_last else None)
+        return normed
+
+    def logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
+        """Of normed hidden states [n, hidden_size]: [n, vocab_size] in the model's dtype, in `output` if given."""
+        if self._collective is None:
+            return torch.mm(hidden, self.weights.head.t(), out=output)
+        part = F.linear(hidden, self.weights.head)
+        gathered = self._collective.gather_columns(part, self._share.widths(self.vocab_size))
+        return gathered if output is None else output.copy_(gathered)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        if self._collective is None:
+            return F.embedding(token_ids, self.weights.embedding)
+        # Rows that are here, zeros for the others; the sum over ranks has them all.
+        first, end = self._share.bounds(self.vocab_size)
+        is_here = (token_ids >= first) & (token_ids < end)
+        embedded = F.embedding((token_ids - first).clamp(0, end - first - 1), self.weights.embedding)
+        return self._sum(embedded.masked_fill(~is_here[:, None], 0))
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        if self._collective is not None:
+            self._collective.all_reduce(partial)
+        return partial
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, *, num_rows: int | None) -> Tensor:
+    """A linear layer; with num_rows zeros behind its rows, up to so many."""
+    if num_rows is None or num_rows <= len(rows):
+        return F.linear(rows, weight, bias)
+    product = torch.empty((num_rows, len(weight)), dtype=rows.dtype, device=rows.device)
+    product[len(rows) :] = 0
+    if bias is None:
+        torch.mm(rows, weight.t(), out=product[: len(rows)])
+    else:
+        torch.addmm(bias, rows, weight.t(), out=product[: len(rows)])
+    return product
+
+
+def rope_frequencies(config: LlamaConfig, *, device: torch.device) -> Tensor:
+    """Radians per token of each pair of dims: [head_dim / 2] float32. Source: transformers' modeling_rope_utils."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    return _ROPES[dict(config.rope)["rope_type"]](1.0 / config.rope_theta**exponents, dict(config.rope))
+
+
+def _llama3(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
+    """Long waves are stretched by `factor`, short ones kept, those between blended."""
+    factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    original = float(rope["original_max_position_embeddings"])
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+    stretched = torch.where(wavelengths > original / low, frequencies / factor, frequencies)
+    is_between = (wavelengths <= original / low) & (wavelengths >= original / high)
+    return torch.where(is_between, blended, stretched)
+
+
+_ROPES: Final[dict[str, Callable[[Tensor, dict[str, Any]], Tensor]]] = {
+    "default": lambda frequencies, _: frequencies,
+    "linear": lambda frequencies, rope: frequencies / float(rope["factor"]),
+    "llama3": _llama3,
+}
+
+
+def _refusal(family: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"model_backend native does not run this model of family {family!r}: {why}; use model_backend transformers",
+        reason="FAMILY_NOT_SUPPORTED",
+    )
