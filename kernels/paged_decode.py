@@ -12,8 +12,11 @@ from quire.kernels.backend import runs_triton
 from quire.kernels.decode_plan import DecodePlan
 
 _LOG2_E: Final = tl.constexpr(math.log2(math.e))
-# float32 numbers that a combining program of four warps holds at once: 64 registers of each thread.
+# float32 numbers that a combining program of four warps holds at once: 64 registers of each thread. Rows of a batch have few
+# pieces each, and programs that hold less run more at a time.
 _COMBINED_NUMBERS: Final = 8192
+_COMBINED_NUMBERS_OF_BATCH: Final = 2048
+_BATCH_ROWS: Final = 8
 
 
 def paged_decode(
@@ -112,7 +115,7 @@ def paged_decode(
         *output.stride()[:2],
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim,
-        PIECES=_COMBINED_NUMBERS // padded_dim,
+        PIECES=(_COMBINED_NUMBERS if rows.shape[0] < _BATCH_ROWS else _COMBINED_NUMBERS_OF_BATCH) // padded_dim,
         num_warps=4,
     )
     return output

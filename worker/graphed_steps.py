@@ -33,22 +33,22 @@ _DECODE_SIZES: Final = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range
 _MIXED_SIZES: Final = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 # Chunks of such a step: each may add a piece of attention that is not full.
 _MAX_MIXED_CHUNKS: Final = 16
-# Host buffers for drawn tokens: two steps are under way, one is being read, one is being filled.
-_NUM_HOST_BUFFERS: Final = 4
 
 
 class GraphedDraw:
     """The samples of a step that draw and ask for nothing else, on their way to the host."""
 
-    def __init__(self, drawn: Tensor, num_samples: int) -> None:
+    def __init__(self, drawn: Tensor, num_samples: int, free: list[Tensor]) -> None:
         self._drawn = drawn  # [2, max_rows] int64: token ids; whether the row was broken
         self._num_samples = num_samples
+        self._free = free
 
     def read(self) -> Sampled:
-        """What came of it, once the step has ended."""
+        """What came of it, once the step has ended. To be called once."""
         token_ids = self._drawn[0, : self._num_samples].tolist()
         broken = self._drawn[1, : self._num_samples].numpy()
         errors = {int(index): RowErrorCode.NOT_FINITE for index in broken.nonzero()[0]} if broken.any() else {}
+        self._free.append(self._drawn)
         return Sampled(token_ids=token_ids, drawing=range(self._num_samples), errors=errors)
 
 
@@ -80,10 +80,7 @@ class GraphedSteps:
         self._hidden = torch.zeros((max_tokens, config.hidden_size), dtype=dtype, device=device)
         self._logits = torch.zeros((max_rows, model.vocab_size), dtype=dtype, device=device)
         self._drawn = torch.zeros((2, max_rows), dtype=torch.int64, device=device)
-        self._host_drawn = [
-            torch.zeros((2, max_rows), dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(_NUM_HOST_BUFFERS)
-        ]
-        self._next_host = 0
+        self._free_host: list[Tensor] = []  # pinned buffers like _drawn that nobody will read any more
         self._decode_sizes = [size for size in _DECODE_SIZES if size < max_rows] + [max_rows]
         self._mixed_sizes = [size for size in _MIXED_SIZES if size <= max_tokens]
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
@@ -220,10 +217,9 @@ class GraphedSteps:
             return draw
         self._launch(("draw", size), lambda: self._draw(size))
         batch.lengthen_drawn(sampled)
-        host = self._host_drawn[self._next_host]
-        self._next_host = (self._next_host + 1) % _NUM_HOST_BUFFERS
+        host = self._free_host.pop() if self._free_host else torch.zeros_like(self._drawn, device="cpu", pin_memory=self._drawn.is_cuda)
         host.copy_(self._drawn, non_blocking=True)
-        return GraphedDraw(host, len(sampled))
+        return GraphedDraw(host, len(sampled), self._free_host)
 
     def _compute_logits(self, size: int) -> None:
         self._model.logits(self._hidden.index_select(0, self._step.logits_places[:size]), output=self._logits[:size])

@@ -29,7 +29,7 @@ _TYPES = {
     torch.uint8: "u8",
 }
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
 
 @dataclass(frozen=True, slots=True)

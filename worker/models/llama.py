@@ -11,10 +11,12 @@ from torch import Tensor
 
 from quire.common.errors import ConfigError
 from quire.common.model_folder import ModelFolder, read_config
+from quire.kernels.linear_tiles import head_tile, row_tile
 from quire.kernels.paged_attention import paged_attention
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rotary_store import rotary_store, rotary_table
 from quire.kernels.silu_mul import silu_mul
+from quire.kernels.skinny_linear import skinny_linear
 from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
 from quire.worker.step_inputs import StepInputs
@@ -158,6 +160,11 @@ class LlamaModel:
         self.num_kv_heads = share.num_kv_heads
         self._share = share
         self._collective = collective
+        # Our own products of few rows are for GPUs and the 16-bit types of tensor cores.
+        self._has_kernels = weights.embedding.is_cuda and weights.embedding.dtype.itemsize == 2
+        widths = (share.config.hidden_size, share.num_heads * share.config.head_dim, weights.layers[0].down.shape[1])
+        has_tiles = all(row_tile(num_inputs=width, has_norm=False) is not None for width in widths)
+        self._has_row_products = self._has_kernels and has_tiles and collective is None and not share.config.has_qkv_bias
         frequencies = rope_frequencies(share.config, device=weights.embedding.device)
         self._cos_sin = rotary_table(frequencies, max_positions=share.config.max_positions)
 
@@ -203,6 +210,8 @@ class LlamaModel:
         num_tokens = token_ids.shape[0]
         query_width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
         residual = self._embed(token_ids)
+        if num_tokens == 1 and self._has_row_products:
+            return self._hidden_of_row(residual, positions, slot_mapping, kv_cache, attend, output)
         normed = rms_norm(residual, weights.layers[0].input_norm, eps=config.norm_eps)
         for index, layer in enumerate(weights.layers):
             qkv = _product(normed, layer.qkv, layer.qkv_bias, num_rows=num_dense)
@@ -235,10 +244,46 @@ class LlamaModel:
     def logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
         """Of normed hidden states [n, hidden_size]: [n, vocab_size] in the model's dtype, in `output` if given."""
         if self._collective is None:
-            return torch.mm(hidden, self.weights.head.t(), out=output)
+            tile = head_tile(num_rows=len(hidden), num_inputs=self.config.hidden_size) if self._has_kernels else None
+            if tile is None:
+                return torch.mm(hidden, self.weights.head.t(), out=output)
+            return skinny_linear(hidden, self.weights.head, tile=tile, output=output)
         part = F.linear(hidden, self.weights.head)
         gathered = self._collective.gather_columns(part, self._share.widths(self.vocab_size))
         return gathered if output is None else output.copy_(gathered)
+
+    def _hidden_of_row(
+        self, residual: Tensor, positions: Tensor, slot_mapping: Tensor, kv_cache: KvCache, attend: Attend, output: Tensor | None
+    ) -> Tensor:
+        """The same for a single token, whose products take norms, gates and sums in on their way."""
+        config, dim = self.config, self.config.head_dim
+        for index, layer in enumerate(self.weights.layers):
+            qkv = self._row_product(residual, layer.qkv, norm=layer.input_norm).view(1, -1, dim)
+            query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+            cache = kv_cache.layer(index)
+            rotary_store(
+                query,
+                key,
+                value,
+                cache,
+                slot_mapping,
+                positions,
+                self._cos_sin,
+                query_norm=layer.query_norm,
+                key_norm=layer.key_norm,
+                eps=config.norm_eps,
+                output=query,
+            )
+            attended = attend(query, key, value, cache).view(1, -1)
+            self._row_product(attended, layer.output, residual=residual)
+            gated = self._row_product(residual, layer.gate_up, norm=layer.mlp_norm, is_gated=True)
+            self._row_product(gated, layer.down, residual=residual)
+        return rms_norm(residual, self.weights.final_norm, eps=config.norm_eps, output=output)
+
+    def _row_product(self, row: Tensor, weight: Tensor, *, norm: Tensor | None = None, **how: Any) -> Tensor:
+        tile = row_tile(num_inputs=row.shape[1], has_norm=norm is not None)
+        assert tile is not None, weight.shape
+        return skinny_linear(row, weight, tile=tile, norm=norm, eps=self.config.norm_eps, **how)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._collective is None:

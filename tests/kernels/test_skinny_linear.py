@@ -1,0 +1,68 @@
+from typing import Any
+
+import pytest
+import torch
+from paged_cases import kernel_device
+from torch import Tensor
+
+from quire.kernels.linear_tiles import LinearTile
+from quire.kernels.skinny_linear import skinny_linear, skinny_linear_reference
+
+TILES = {
+    "tensor cores": LinearTile(num_columns=16, num_inputs=32, num_warps=2, num_stages=3),
+    "multiplied": LinearTile(num_columns=4, num_inputs=64, num_warps=2, num_stages=2, uses_tensor_cores=False),
+}
+
+
+def products(
+    num_rows: int, num_columns: int, num_inputs: int, tile: LinearTile, dtype: torch.dtype, *, kind: str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The kernel's result, and the reference's in float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(kernel_device(), dtype)
+
+    # Inputs as a model has them: a part of a wider tensor.
+    inputs = numbers(num_rows, num_inputs + 16)[:, :num_inputs]
+    weight = numbers(num_columns * (2 if kind == "gated" else 1), num_inputs) * num_inputs**-0.5
+    norm = 1 + 0.1 * numbers(num_inputs) if kind in ("norm", "gated") else None
+    residual = numbers(num_rows, num_columns) if kind == "residual" else None
+    exact = {name: None if tensor is None else tensor.float() for name, tensor in (("norm", norm), ("residual", residual))}
+    expected = skinny_linear_reference(inputs.float(), weight.float(), eps=1e-5, is_gated=kind == "gated", **exact)
+    output = torch.full((num_rows, num_columns), float("nan"), dtype=dtype, device=kernel_device())
+    actual = skinny_linear(
+        inputs, weight, tile=tile, norm=norm, eps=1e-5, residual=residual, is_gated=kind == "gated", output=output, **options
+    )
+    assert actual is (output if residual is None else residual)
+    return actual.float(), expected
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", ["plain", "norm", "residual", "gated"])
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 17])
+def test_every_kind_of_product_is_right(num_rows: int, tile: LinearTile, kind: str) -> None:
+    if num_rows > 2 and not tile.uses_tensor_cores:
+        num_rows = 1
+    actual, expected = products(num_rows, 37, 128, tile, torch.float32, kind=kind)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", ["plain", "norm", "residual", "gated"])
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_half_precision_is_summed_in_float32(tile: LinearTile, kind: str) -> None:
+    actual, expected = products(1, 37, 256, tile, torch.float16, kind=kind)
+    torch.testing.assert_close(actual, expected, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["plain", "norm", "residual", "gated"])
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 33])
+def test_bfloat16_is_right_on_the_gpu(num_rows: int, overlaps: bool, kind: str) -> None:
+    tile = LinearTile(num_columns=32, num_inputs=256, num_warps=4, num_stages=3)
+    actual, expected = products(num_rows, 4096, 1024, tile, torch.bfloat16, kind=kind, overlaps=overlaps)
+    torch.testing.assert_close(actual, expected, atol=6e-2, rtol=2e-2)
