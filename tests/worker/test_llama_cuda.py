@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from quire.common.messages import Chunk, SamplingState, StepPlan
 from quire.common.model_folder import ModelFolder, read_model_folder
 from quire.worker.graphed_steps import GraphedSteps
 from quire.worker.kv_cache import KvCache
-from quire.worker.models.llama import LlamaModel
+from quire.worker.models.llama import LlamaConfig, LlamaModel, LlamaShare, LlamaWeights
+from quire.worker.models.llama_weights import empty_weights, fill_at_random
 from quire.worker.models.load_model import load_llama_model
 from quire.worker.models.transformers_model import load_transformers_model
 from quire.worker.runner import Runner
@@ -97,6 +99,39 @@ def test_a_crowd_draws_what_it_draws_on_cpu(
     loaded = load(name)
     driver = PlanDriver(make_runner(loaded.model, "cuda", block_size=block_size, has_graphs=has_graphs))
     assert driver.generate(loaded.prompts, num_tokens=NUM_TOKENS, chunk=chunk, stagger=stagger) == loaded.expected
+
+
+def test_a_billion_parameters_draw_what_they_draw_on_cpu() -> None:
+    """Llama 3.2 1B's shape with random weights."""
+    folder = ModelFolder(
+        path=Path(), model_type="llama", num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64, hidden_size=2048,
+        vocab_size=128256, max_positions=8192, dtype="float32", eos_token_ids=(), generation={}, has_chat_template=False,
+        fingerprint="", weight_files=(),
+    )  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64, vocab_size=128256,
+        max_positions=8192, norm_eps=1e-5, is_tied=True, has_qkv_bias=False, has_qk_norm=False, sliding_window=None,
+        rope_theta=500000.0, rope=(("rope_type", "default"),),
+    )  # fmt: skip
+    share = LlamaShare(config)
+    weights = {device: empty_weights(share, dtype=torch.float32, device=device) for device in ("cpu", "cuda")}
+    fill_at_random(weights["cuda"], share)
+    pairs = zip(all_tensors(weights["cpu"]), all_tensors(weights["cuda"]), strict=True)
+    for on_cpu, on_gpu in pairs:
+        on_cpu.copy_(on_gpu)
+    chance = random.Random(0)
+    prompts = [[chance.randrange(128256) for _ in range(length)] for length in (1, 33, 70, 16)]
+    expected = PlanDriver(make_runner(LlamaModel(folder, share, weights["cpu"]), "cpu")).generate(prompts, num_tokens=6, chunk=64)
+    for has_graphs in (True, False):
+        runner = make_runner(LlamaModel(folder, share, weights["cuda"]), "cuda", has_graphs=has_graphs)
+        assert PlanDriver(runner).generate(prompts, num_tokens=6, chunk=64) == expected
+
+
+def all_tensors(weights: LlamaWeights) -> Iterator[torch.Tensor]:
+    yield weights.embedding
+    yield weights.final_norm
+    for layer in weights.layers:
+        yield from (layer.input_norm, layer.qkv, layer.output, layer.mlp_norm, layer.gate_up, layer.down)
 
 
 def test_steps_launched_ahead_give_what_steps_alone_give(load: LoadModel) -> None:
