@@ -50,7 +50,7 @@ class Soak:
         self._chance = random.Random(seed)
         self._runner = runner
         self._scheduler = Scheduler(SchedulerConfig("s"))
-        attach = AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, BLOCK_SIZE, 128, MAX_ROWS, 64, "auto")
+        attach = AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, BLOCK_SIZE, 128, MAX_ROWS, 64, "swap")
         self._scheduler.attach(attach, 0.0)
         self._scheduler.rank_hello(hello(num_gpu_blocks=NUM_BLOCKS, num_cpu_blocks=runner.swap_pool.num_blocks, max_rows=MAX_ROWS), 0.0)
         self._scheduler.hello(_GATEWAY, Hello(PROTOCOL_VERSION, "gateway"))
