@@ -55,17 +55,21 @@ def enter_child() -> dict[str, Any]:
     On Linux the kernel kills the child when its parent dies, even by kill -9 (PR_SET_PDEATHSIG); a parent that died before
     that was set is noticed here. Elsewhere a thread looks once a second.
     """
+    message = json.loads(sys.stdin.buffer.read())
+    die_with_parent(int(message["parent_pid"]))
+    spec = message["spec"]
+    assert isinstance(spec, dict)
+    return spec
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Tie this process's life to its parent's, as `enter_child` does."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    message = json.loads(sys.stdin.buffer.read())
-    parent_pid = int(message["parent_pid"])
     if os.getppid() != parent_pid:
         os._exit(1)
     if sys.platform != "linux":
         threading.Thread(target=_exit_without_parent, args=(parent_pid,), daemon=True).start()
-    spec = message["spec"]
-    assert isinstance(spec, dict)
-    return spec
 
 
 def stop_child(child: "subprocess.Popen[bytes]", *, timeout_s: float = STOP_TIMEOUT_S) -> int:

@@ -334,7 +334,6 @@ def _check_ranges(config: ServeConfig) -> None:
 
 def _refuse_later_features(config: ModelConfig) -> None:
     later = {
-        "model_backend": config.model_backend == "native",
         "groups": config.groups > 1,
     }
     defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}

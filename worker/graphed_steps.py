@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -27,6 +28,7 @@ from quire.worker.static_step import StaticStep, StepLayout, lay_out
 
 _log = logging.getLogger(__name__)
 
+KINDS: Final = ("mixed", "decode", "logits", "draw")
 # Sizes of steps that decode alone: each row of padding costs its share of the products.
 _DECODE_SIZES: Final = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 1025, 32))
 # Sizes of steps with chunks, in tokens. From there on launching takes less time than computing.
@@ -244,15 +246,7 @@ class GraphedSteps:
     def capture(self) -> None:
         """Compile every kernel and capture every graph. For an idle batch: its rows and the cache's contents are not touched."""
         started_s = time.perf_counter()
-        self._step.fill(StepLayout((), np.zeros(0, np.int64), (), 0), num_padded=0, places=(), sample_rows=())
-        works: dict[tuple[str, int], Callable[[], None]] = {}
-        # Largest first: the others then find their memory in what the largest has left.
-        for size in reversed(self._mixed_sizes):
-            works["mixed", size] = lambda size=size: self._mixed_layers(size)  # type: ignore[misc]
-        for size in reversed(self._decode_sizes):
-            works["decode", size] = lambda size=size: self._layers(size, num_pieces=0, num_decodes=size)  # type: ignore[misc]
-            works["logits", size] = lambda size=size: self._compute_logits(size)  # type: ignore[misc]
-            works["draw", size] = lambda size=size: self._draw(size)  # type: ignore[misc]
+        works = self._works()
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -268,6 +262,25 @@ class GraphedSteps:
         self._plan_dense_attention()
         torch.cuda.synchronize()
         _log.info("captured %d graphs in %.2f s", len(works), time.perf_counter() - started_s)
+
+    def touch(self, kind: str) -> None:
+        """Launch every size of one kind, one of KINDS, so that what it needs is compiled. For an idle batch."""
+        for (of_kind, _), work in self._works().items():
+            if of_kind == kind:
+                work()
+
+    def _works(self) -> dict[tuple[str, int], Callable[[], None]]:
+        """What graphs are made of, by kind and size; every row is padding. Largest first: the others then find their memory in
+        what the largest has left."""
+        self._step.fill(StepLayout((), np.zeros(0, np.int64), (), 0), num_padded=0, places=(), sample_rows=())
+        works: dict[tuple[str, int], Callable[[], None]] = {}
+        for size in reversed(self._mixed_sizes):
+            works["mixed", size] = partial(self._mixed_layers, size)
+        for size in reversed(self._decode_sizes):
+            works["decode", size] = partial(self._layers, size, num_pieces=0, num_decodes=size)
+            works["logits", size] = partial(self._compute_logits, size)
+            works["draw", size] = partial(self._draw, size)
+        return works
 
     def _plan_dense_attention(self) -> None:
         """Let cuDNN plan every size that it may be asked for."""

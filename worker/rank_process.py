@@ -21,6 +21,7 @@ from quire.worker.rank_spec import RankSpec
 
 # torch and transformers take seconds to import: only after the process is tied to its parent, and timed.
 if TYPE_CHECKING:
+    from quire.worker.compile_ahead import CompileAhead
     from quire.worker.models.llama import LlamaModel
     from quire.worker.models.transformers_model import TransformersModel
     from quire.worker.runner import Runner
@@ -73,8 +74,6 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
 
     torch.set_num_threads(spec.num_threads)
     torch.set_grad_enabled(False)
-    if spec.device == "cuda":
-        _check_gpu(spec, folder, block_bytes)
     end_phase("torch")
     from quire.worker.collectives import Collective, connect
     from quire.worker.graphed_steps import GraphedSteps
@@ -85,6 +84,9 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
     from quire.worker.warm_up import measure_prefill, touch_decodes
 
     end_phase("imports")
+    compiling = _compile_ahead(spec, folder)
+    if spec.device == "cuda":
+        _check_gpu(spec, folder, block_bytes)
     collective: Collective | None = None
     if spec.tensor_parallel_size > 1:
         collective = connect(rendezvous_path=Path(spec.rendezvous_path), rank=spec.rank, size=spec.tensor_parallel_size)
@@ -105,6 +107,9 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
 
         check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
         end_phase("self-check")
+    if compiling is not None:
+        compiling.wait()
+        end_phase("kernels")
     _check_host_memory(spec, block_bytes)  # once more: the weights are in memory now
     num_gpu_blocks = _num_gpu_blocks(spec, model, block_bytes) if spec.device == "cuda" else spec.num_gpu_blocks
     assert num_gpu_blocks is not None, "a pool of free memory is for GPUs"
@@ -168,6 +173,22 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         pid=os.getpid(),
     )
     return runner, hello
+
+
+def _compile_ahead(spec: RankSpec, folder: ModelFolder) -> "CompileAhead | None":
+    """Begin to compile the kernels of a native model; None where there are none."""
+    from quire.worker.models.llama import read_llama_config
+    from quire.worker.models.load_model import DTYPES
+
+    if spec.device != "cuda" or spec.model_backend == "transformers" or not Path("/dev/nvidiactl").exists():
+        return None
+    try:
+        read_llama_config(folder)
+    except ConfigError:
+        return None
+    from quire.worker.compile_ahead import CompileAhead
+
+    return CompileAhead(spec, folder, dtype=DTYPES[spec.dtype])
 
 
 def _check_host_memory(spec: RankSpec, block_bytes: int) -> None:
