@@ -65,7 +65,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         phases.append((name, now_s - phase_start_s))
         phase_start_s = now_s
 
-    folder = read_model_folder(Path(spec.model_path))
+    folder = read_model_folder(Path(spec.model_path), needs_weights=not spec.dummy_weights)
     block_bytes = spec.block_size * folder.kv_bytes_per_token(dtype=spec.dtype, tensor_parallel_size=spec.tensor_parallel_size)
     _check_host_memory(spec, block_bytes)
     import torch
@@ -89,7 +89,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         at_end.callback(collective.close)
         _log.info("all %d ranks have met, over %s", spec.tensor_parallel_size, type(collective).__name__)
         end_phase("ranks")
-    model = load_transformers_model(folder, dtype=spec.dtype, device=spec.device, collective=collective)
+    model = load_transformers_model(folder, dtype=spec.dtype, device=spec.device, collective=collective, dummy_weights=spec.dummy_weights)
     end_phase("weights")
     check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
     end_phase("self-check")
