@@ -148,10 +148,12 @@ class Engine:
         """End what is left of the requests of a run, counted from 1, and wait until nothing runs any more."""
         for index in range(num_requests):
             self._gateway.send(encode(Cancel(_request_id(number, index), 0, None, "it has done its part")))
-        while True:
+        deadline_s = time.perf_counter() + MAX_SILENCE_S
+        while time.perf_counter() < deadline_s:
             status = self._ask_status()
             if not status.queue.num_running_requests and not status.queue.num_waiting:
                 return
+        raise InternalError(f"cancelled requests still ran after {MAX_SILENCE_S:g} s; the logs are in {self._logs}")
 
     @property
     def num_runs(self) -> int:
