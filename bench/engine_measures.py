@@ -55,6 +55,7 @@ def measure_decode(engine: Engine, settings: Settings) -> list[dict[str, Any]]:
                     "long_s": long_run.total_s,
                     "short_s": short_run.total_s,
                     "preemptions": long_run.num_preemptions + short_run.num_preemptions,
+                    "cached_tokens": long_run.num_cached_tokens + short_run.num_cached_tokens,  # 0, or the cost is not the whole cost
                 }
             )
         medians = {f"median_{name}": _median(repetition[name] for repetition in repetitions) for name in ("decode_ms", "steady_step_ms")}
@@ -110,6 +111,7 @@ def run_as_dict(run: RunMeter, requests: Sequence[Request]) -> dict[str, Any]:
         "output_tokens_per_s": run.num_tokens / run.total_s,
         "total_tokens_per_s": (run.num_tokens + num_prompt_tokens) / run.total_s,
         "preemptions": run.num_preemptions,
+        "cached_tokens": run.num_cached_tokens,  # after preemptions some are found again
         "ttft_p50_s": percentile(firsts_s, 50),
         "itl_p50_s": percentile(gaps_s, 50) if gaps_s else None,
         "itl_p99_s": percentile(gaps_s, 99) if gaps_s else None,

@@ -69,6 +69,11 @@ class RunMeter:
     def num_preemptions(self) -> int:
         return sum(request.num_preemptions for request in self.requests)
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that were found in the prefix cache."""
+        return sum(request.num_cached_tokens for request in self.requests)
+
     def steady_step_s(self) -> float | None:
         """Median gap between messages in which every sequence had one token: steps that only decode. None if there were no two."""
         everyone = len(self.requests)

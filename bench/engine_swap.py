@@ -43,7 +43,7 @@ def measure_swap(
     runs: dict[str, dict[str, Any]] = {}
     for name, run_plan in {LARGE: large, **{policy: replace(small, preemption=policy) for policy in POLICIES}}.items():
         logs = None if log_folder is None else log_folder / name.replace(" ", "-")
-        runs[name] = _measure_policy(run_plan, requests, logs=logs, start_timeout_s=start_timeout_s, repetitions=repetitions)
+        runs[name] = measure_policy(run_plan, requests, logs=logs, start_timeout_s=start_timeout_s, repetitions=repetitions)
         settings.on_progress(f"{name}: {runs[name]['median_total_s']:.2f} s, {runs[name]['preemptions']} preemptions")
     stolen = {policy: runs[policy]["stolen_us_per_token"] for policy in POLICIES}
     return {
@@ -59,9 +59,10 @@ def measure_swap(
     }
 
 
-def _measure_policy(
+def measure_policy(
     plan: ModelPlan, requests: list[Request], *, logs: Path | None, start_timeout_s: float, repetitions: int
 ) -> dict[str, Any]:
+    """An engine that runs by this plan, and what its preemptions took. Its scheduler writes a journal meanwhile."""
     with tempfile.TemporaryDirectory(prefix="quire-bench-") as folder:
         journal = Path(folder) / "journal"
         with Engine(plan, log_folder=logs, journal=journal, start_timeout_s=start_timeout_s) as engine:
