@@ -7,10 +7,11 @@ from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
+from quire.bench.dealer import connect_dealer
 from quire.bench.echo_rank import EchoRank
 from quire.bench.process_cpu import process_cpu_s
 from quire.bench.scheduler_feed import GATEWAY
@@ -116,9 +117,9 @@ class SteadyProcess:
         self._exits.callback(stop_child, self._child)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._exits.callback(context.destroy, linger=0)
-        self._to_gateway = _dealer(context, addresses["session"], GATEWAY)
-        self._to_rank = _dealer(context, addresses["steps"], f"{GROUP_ID}/0".encode())
-        controller = _dealer(context, addresses["control"], CONTROLLER_IDENTITY)
+        self._to_gateway = connect_dealer(context, addresses["session"], GATEWAY)
+        self._to_rank = connect_dealer(context, addresses["steps"], f"{GROUP_ID}/0".encode())
+        controller = connect_dealer(context, addresses["control"], CONTROLLER_IDENTITY)
         self._decoders: dict[zmq.Socket[bytes], Callable[[bytes], StepPlan | SessionUp | ControlUp]] = {
             self._to_gateway: decode_session_up,
             self._to_rank: decode_rank_down,
@@ -187,11 +188,3 @@ class SteadyProcess:
                 raise InternalError(f"the scheduler process says {message}, which no load of this benchmark leads to")
             case _:
                 self._num_seen[type(message)] += 1
-
-
-def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", address: str, identity: bytes) -> "zmq.Socket[bytes]":
-    socket: zmq.Socket[Any] = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, identity)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.connect(address)
-    return socket

@@ -2,7 +2,7 @@
 
 import argparse
 
-from quire.bench import cpu, scheduler_load, serve_load
+from quire.bench import cpu, engine, kernels, scheduler_load, serve_load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cpu.add_arguments(on_cpu)
     on_cpu.set_defaults(run_benchmark=cpu.run)
+    whole_engine = benchmarks.add_parser(
+        "engine",
+        help="scheduler and ranks together, without gRPC",
+        description="Speed of the scheduler process and rank processes together, without gateway, gRPC and Ray; no server is needed.",
+    )
+    engine.add_arguments(whole_engine)
+    whole_engine.set_defaults(run_benchmark=engine.run)
+    on_gpu = benchmarks.add_parser(
+        "kernels", help="the kernels on this GPU", description="Time of each kernel on this GPU, beside its floor and torch's own way."
+    )
+    kernels.add_arguments(on_gpu)
+    on_gpu.set_defaults(run_benchmark=kernels.run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -93,6 +93,12 @@ def check_tokenizer(plan: ModelPlan) -> None:
         ConfigError: they cannot be used.
     """
     files = tokenizer_files(plan)
+    if plan.dummy_weights and not any(file.name == "tokenizer.json" for file in files):
+        raise ConfigError(
+            f"{plan.folder.path} has no tokenizer.json, which the gateway needs even for dummy weights; copy that of the model there, or "
+            "measure without a gateway: quire bench engine --model-config FOLDER --dummy-weights",
+            reason="NO_TOKENIZER_JSON",
+        )
     load_served_model(served_model(plan, files, max_request_tokens=0), {file.name: file.path.read_bytes() for file in files})
 
 

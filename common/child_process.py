@@ -23,8 +23,12 @@ PARENT_POLL_S: Final = 1.0
 STOP_TIMEOUT_S: Final = 10.0
 
 
-def start_child(module: str, spec: Mapping[str, Any], *, log_path: Path | None = None) -> subprocess.Popen[bytes]:
+def start_child(
+    module: str, spec: Mapping[str, Any], *, log_path: Path | None = None, environ: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Run `python -m module` with `spec` as its specification. Its output is appended to `log_path`, else goes where ours goes.
+
+    environ: variables that it has beside ours, or instead of ours
 
     The specification travels through the child's standard input, so nothing of it shows in process lists. The child starts
     in / and with Python's safe path (-P): a folder of the caller's named `kernels` or `proto` must not be importable there.
@@ -39,6 +43,7 @@ def start_child(module: str, spec: Mapping[str, Any], *, log_path: Path | None =
         stdout=output,
         stderr=output,
         cwd="/",
+        env={**os.environ, **environ} if environ else None,
         start_new_session=True,  # a Ctrl-C at the terminal reaches `quire serve` alone, which then stops the others in order
     )
     if output is not None:

@@ -70,6 +70,7 @@ class ModelConfig:
     max_model_len: int | None = _setting(None, "most tokens of prompt and completion together; the model's own when not given")
     max_sequences: int | None = _setting(None, "most sequences in a batch; 256 on cuda, 32 on cpu")
     max_batched_tokens: int | None = _setting(None, "most tokens in a step; 8192 on cuda, 512 on cpu")
+    dummy_weights: bool = _setting(False, "random weights of the model's shapes; config.json is enough then: to measure speed, not to read")
     num_threads: int | None = _setting(None, "threads that a rank computes with on cpu; when not given, all cores but one are shared out")
 
 
@@ -107,6 +108,8 @@ class ModelPlan:
     max_sequences: int
     max_batched_tokens: int
     num_threads: int
+    model_backend: str = "auto"
+    dummy_weights: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -149,7 +152,7 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         ConfigError: the settings and the model do not fit; the message holds both numbers.
         NotSupported: a setting whose feature this version does not have, by name.
     """
-    folder = read_model_folder(_model_path(config.model))
+    folder = read_model_folder(_model_path(config.model), needs_weights=not config.dummy_weights)
     tensor_parallel_size = config.tensor_parallel_size
     if folder.num_heads % tensor_parallel_size:
         divisors = [n for n in range(1, min(folder.num_heads, _MAX_NAMED_RANKS) + 1) if folder.num_heads % n == 0]
@@ -193,6 +196,8 @@ def plan_model(config: ModelConfig) -> ModelPlan:
         max_sequences=max_sequences,
         max_batched_tokens=max_batched_tokens,
         num_threads=config.num_threads or _num_threads(config.groups * tensor_parallel_size),
+        model_backend=config.model_backend,
+        dummy_weights=config.dummy_weights,
     )
 
 

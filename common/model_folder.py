@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quire.common.errors import ConfigError
+from quire.common.parameter_count import count_parameters
 
 BUILT_IN_MODEL_NAME: Final = "quire-tales"
 
@@ -55,7 +56,8 @@ class ModelFolder:
     generation: Mapping[str, Any]  # generation_config.json, {} without one; numbers where numbers belong
     has_chat_template: bool
     fingerprint: str  # of config and weights' index; equal on all ranks of a group
-    weight_files: tuple[str, ...]  # *.safetensors to read, by name
+    weight_files: tuple[str, ...]  # *.safetensors to read, by name; none if the weights are to be dummies
+    num_parameters: int | None = None  # by the sizes in config.json; None for families that are not counted so
 
     @property
     def splits_kv_heads(self) -> bool:
@@ -71,8 +73,8 @@ class ModelFolder:
         return 2 * self.num_layers * self.kv_heads_per_rank(tensor_parallel_size) * self.head_dim * _DTYPE_BYTES[dtype]
 
 
-def read_model_folder(path: Path) -> ModelFolder:
-    """Read and check a model's JSON files.
+def read_model_folder(path: Path, *, needs_weights: bool = True) -> ModelFolder:
+    """Read and check a model's JSON files. Without needs_weights its config.json is enough, and weights that are there are left alone.
 
     Raises:
         ConfigError: a file is missing or is not what it should be; the message says which and what to do.
@@ -80,17 +82,18 @@ def read_model_folder(path: Path) -> ModelFolder:
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; name a folder with config.json, tokenizer.json and *.safetensors")
     config = _read_json(path / "config.json")
-    if not (path / "tokenizer.json").is_file():
+    if needs_weights and not (path / "tokenizer.json").is_file():
         raise ConfigError(
             f"{path} has no tokenizer.json; make one with: {sys.executable} -c "
             f"\"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{path}').save_pretrained('{path}')\"",
             reason="NO_TOKENIZER_JSON",
         )
-    weight_files = _weight_files(path)
-    if not weight_files:
+    weight_files = _weight_files(path) if needs_weights else ()
+    if needs_weights and not weight_files:
         raise ConfigError(
             f"{path} has no *.safetensors; other formats can run code when loaded and are not read; convert it with: {sys.executable} -c "
-            f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}')\"",
+            f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}')\"; or serve it "
+            "with --dummy-weights, to measure speed alone",
             reason="NO_SAFETENSORS",
         )
     text = config.get("text_config", config)  # multi-modal families keep the decoder's sizes one level down
@@ -115,6 +118,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         has_chat_template=(path / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template")),
         fingerprint=_fingerprint(path),
         weight_files=weight_files,
+        num_parameters=count_parameters(config),
     )
 
 

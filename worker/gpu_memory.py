@@ -15,9 +15,20 @@ _DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def weight_bytes(folder: ModelFolder, *, dtype: str, num_ranks: int) -> int:
-    """What the weights of one rank will take, judged by their files."""
+    """What the weights of one rank will take, judged by their files; without files, by the sizes in config.json."""
+    if not folder.weight_files:
+        return _num_parameters(folder) * _DTYPE_BYTES[dtype] // num_ranks
     num_bytes = sum((folder.path / name).stat().st_size for name in folder.weight_files)
     return num_bytes * _DTYPE_BYTES[dtype] // _DTYPE_BYTES[folder.dtype] // num_ranks
+
+
+def _num_parameters(folder: ModelFolder) -> int:
+    """Of the whole model. Families that config.json does not tell of are built without memory, which takes a second."""
+    if folder.num_parameters is not None:
+        return folder.num_parameters
+    from quire.worker.models.dummy_weights import count_built_parameters  # imports transformers
+
+    return count_built_parameters(folder)
 
 
 def check_gpu_holds(*, num_blocks: int | None, block_bytes: int, weight_bytes: int, free_bytes: int) -> None:

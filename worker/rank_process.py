@@ -67,7 +67,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         phases.append((name, now_s - phase_start_s))
         phase_start_s = now_s
 
-    folder = read_model_folder(Path(spec.model_path))
+    folder = read_model_folder(Path(spec.model_path), needs_weights=not spec.dummy_weights)
     block_bytes = spec.block_size * folder.kv_bytes_per_token(dtype=spec.dtype, tensor_parallel_size=spec.tensor_parallel_size)
     _check_host_memory(spec, block_bytes)
     import torch

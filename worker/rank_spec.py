@@ -1,6 +1,9 @@
 """What a rank is told when it starts."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from quire.common.config import ModelPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +29,39 @@ class RankSpec:
     log_level: str
     report_path: str  # file for the reason of a failed start; "" for none
     rendezvous_path: str = ""  # file at which the ranks of the group meet, new for each term; "" for a group of one
-    dummy_weights: bool = False  # random ones, and no files are read
-    model_backend: str = "auto"  # native, transformers, or auto
+    dummy_weights: bool = False  # random weights of the right shapes instead of the folder's
+    model_backend: str = "auto"  # auto, native or transformers
 
     @property
     def name(self) -> str:
         """How logs and the scheduler's socket know this rank."""
         return f"{self.group_id}/{self.rank}"
+
+
+def make_rank_spec(
+    plan: ModelPlan, *, group_id: str, term: int, rank: int, scheduler_address: str, rank_lease_s: float, log_level: str, folder: Path
+) -> RankSpec:
+    """The specification of one rank of a group that runs by `plan`. The ranks' files go to `folder`, which they share."""
+    return RankSpec(
+        group_id=group_id,
+        term=term,
+        rank=rank,
+        tensor_parallel_size=plan.tensor_parallel_size,
+        model_path=str(plan.folder.path),
+        device=plan.device,
+        dtype=plan.dtype,
+        num_gpu_blocks=plan.num_gpu_blocks,
+        num_cpu_blocks=plan.num_cpu_blocks,
+        block_size=plan.block_size,
+        max_model_len=plan.max_model_len,
+        max_sequences=plan.max_sequences,
+        max_batched_tokens=plan.max_batched_tokens,
+        scheduler_address=scheduler_address,
+        rank_lease_s=rank_lease_s,
+        num_threads=plan.num_threads,
+        log_level=log_level,
+        report_path=str(folder / f"{group_id}-{rank}-{term}.json"),
+        rendezvous_path=str(folder / f"{group_id}-{term}.rendezvous") if plan.tensor_parallel_size > 1 else "",
+        dummy_weights=plan.dummy_weights,
+        model_backend=plan.model_backend,
+    )

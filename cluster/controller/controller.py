@@ -41,7 +41,7 @@ from quire.common.messages import (
 )
 from quire.internal.v1 import discovery_pb2, discovery_pb2_grpc
 from quire.v1 import cluster_pb2_grpc
-from quire.worker.rank_spec import RankSpec
+from quire.worker.rank_spec import make_rank_spec
 
 log = logging.getLogger("quire.controller")
 
@@ -288,28 +288,16 @@ class _Controller:
         return f"rank {rank} ended with code {code}"
 
     def _rank_spec(self, group: Group, rank: int) -> dict[str, Any]:
-        plan = self._plan
         return asdict(
-            RankSpec(
+            make_rank_spec(
+                self._plan,
                 group_id=group.group_id,
                 term=group.term,
                 rank=rank,
-                tensor_parallel_size=plan.tensor_parallel_size,
-                model_path=str(plan.folder.path),
-                device=plan.device,
-                dtype=plan.dtype,
-                num_gpu_blocks=plan.num_gpu_blocks,
-                num_cpu_blocks=plan.num_cpu_blocks,
-                block_size=plan.block_size,
-                max_model_len=plan.max_model_len,
-                max_sequences=plan.max_sequences,
-                max_batched_tokens=plan.max_batched_tokens,
                 scheduler_address=self._address("steps"),
                 rank_lease_s=RANK_LEASE_S,
-                num_threads=plan.num_threads,
                 log_level=self._config.log_level,
-                report_path=str(self._report(group, rank)),
-                rendezvous_path=str(self._folder / f"{group.group_id}-{group.term}.rendezvous") if plan.tensor_parallel_size > 1 else "",
+                folder=self._folder,
             )
         )
 
@@ -373,7 +361,7 @@ class _Controller:
         return self._folder / "logs" / f"{name}.log"
 
     def _report(self, group: Group, rank: int) -> Path:
-        return self._folder / f"{group.group_id}-{rank}-{group.term}.json"
+        return Path(self._rank_spec(group, rank)["report_path"])
 
 
 def _forget(actors: list[Any], placement: PlacementGroup | None) -> None:

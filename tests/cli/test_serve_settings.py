@@ -1,5 +1,6 @@
 """`quire serve --print-config`: what is in force, from all sources, in a form that can be given back."""
 
+import json
 import os
 import subprocess
 import sys
@@ -53,3 +54,15 @@ def test_a_misspelt_variable_is_named_and_a_foreign_one_is_left_alone(tmp_path: 
     assert result.returncode == 1
     assert "QUIRE_MAX_MODEL_LENGTH, which is no setting; did you mean QUIRE_MAX_MODEL_LEN?" in result.stderr
     printed(serve(tmp_path, QUIRE_PORT="tcp://10.0.0.1:50051", QUIRE_SERVICE_HOST="10.0.0.1"))
+
+
+def test_dummy_weights_need_a_tokenizer_for_the_gateway_alone(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 128, **sizes}))
+    model = printed(serve(tmp_path, str(tmp_path), "--dummy-weights"))["models"][0]
+    assert (model["dummy_weights"], model["max_model_len"]) == (True, 128)
+    command = [sys.executable, "-P", "-m", "quire.cli.main", "serve", str(tmp_path), "--dummy-weights", "--listen", "127.0.0.1:0"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    assert refused.returncode == 1
+    assert "has no tokenizer.json, which the gateway needs even for dummy weights" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1

@@ -69,7 +69,13 @@ def test_the_wheel_holds_the_whole_package(wheel: Path) -> None:
         for path in (package / folder).rglob(pattern)
     }
     model = {f"quire/demo_model/{path.name}" for path in (package / "demo_model").iterdir() if path.is_file()}
-    assert sources | model <= names, sorted((sources | model) - names)
+    data = {
+        f"quire/bench/{path.relative_to(package / 'bench').as_posix()}"
+        for pattern in ("data/*", "model_configs/*/config.json")
+        for path in (package / "bench").glob(pattern)
+    }
+    assert data, "the benchmarks have files of their own"
+    assert sources | model | data <= names, sorted((sources | model | data) - names)
     assert {f"quire/{folder}/py.typed" for folder in PACKAGES} <= names
     assert sizes["quire/demo_model/model.safetensors"] == (package / "demo_model/model.safetensors").stat().st_size
     assert "quire = quire.cli.main:main" in entry_points

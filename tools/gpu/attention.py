@@ -1,20 +1,27 @@
 """Paged attention on the GPU: right first, then timed over tiles, block sizes and the pool's two layouts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timing import relative_error, seconds_per_launch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quire.bench.attention_cases import (
+    DecodeCase,
+    Pool,
+    PrefillCase,
+    cudnn_seconds,
+    decode_batches,
+    make_pool,
+    pieces_of,
+    prefill_batches,
+)
+from quire.bench.gpu_timing import relative_error, seconds_per_launch
 from quire.kernels.attention_tiles import DecodeTile, PrefillTile, prefill_tile
-from quire.kernels.decode_plan import allocate_decode_plan, plan_decode, plan_decode_reference
-from quire.kernels.paged_decode import attention_reference, paged_decode, paged_decode_reference
-from quire.kernels.paged_prefill import PrefillChunk, cut_prefill, paged_prefill
+from quire.kernels.decode_plan import allocate_decode_plan, plan_decode_reference
+from quire.kernels.paged_decode import attention_reference, paged_decode_reference
+from quire.kernels.paged_prefill import PrefillChunk, paged_prefill
 
 NUM_LAYERS = 32
 # Pieces per multiprocessor, fewest tokens of a piece.
@@ -55,91 +62,6 @@ OTHER_PREFILL_HEADS = ("qwen3-0.6b", "d64 32/8", "d80 32/32", "d96 32/8", "d256 
 OTHER_PREFILL_TILES = [
     PrefillTile(*numbers) for numbers in ((128, 64, 8, 3), (128, 64, 8, 3, True), (128, 64, 8, 2), (128, 64, 8, 2, True))
 ]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """One allocation, seen as a KV pool of any block size and either layout."""
-
-    storage: Tensor  # flat
-
-    def layers(self, *, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, block_major: bool = True) -> list[Tensor]:
-        """Each layer's view, [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
-        block = [2, num_kv_heads, block_size, head_dim]
-        numbers = 2 * num_kv_heads * block_size * head_dim
-        num_blocks = self.storage.numel() // (numbers * num_layers)
-        used = self.storage[: num_blocks * num_layers * numbers]
-        if block_major:
-            return list(used.view(num_blocks, num_layers, *block).unbind(1))
-        return list(used.view(num_layers, num_blocks, *block).unbind(0))
-
-
-def make_pool(num_bytes: int) -> Pool:
-    storage = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device="cuda")
-    for part in storage.split(2**30):
-        part.normal_()
-    return Pool(storage)
-
-
-class DecodeCase:
-    """A batch of decodes at random blocks of a pool."""
-
-    def __init__(
-        self, layers: Sequence[Tensor], lengths: Sequence[int], *, num_heads: int, window: int | None = None, tile: DecodeTile | None = None
-    ) -> None:
-        self.layers = layers
-        num_blocks, _, self.num_kv_heads, block_size, self.head_dim = layers[0].shape
-        self.lengths = torch.tensor(lengths, device="cuda")
-        self.rows = torch.arange(len(lengths), device="cuda")
-        widths = [-(-length // block_size) for length in lengths]
-        # Blocks are distinct as long as the pool has enough; a small pool of a check lends some twice, which is harmless.
-        ids = torch.randperm(num_blocks, device="cuda", dtype=torch.int32)
-        ids = ids.repeat(-(-sum(widths) // num_blocks))
-        self.block_tables = torch.zeros(len(lengths), max(widths), dtype=torch.int32, device="cuda")
-        first = 0
-        for row, width in enumerate(widths):
-            self.block_tables[row, :width] = ids[first : first + width]
-            first += width
-        dtype = layers[0].dtype
-        self.query = torch.randn(len(lengths), num_heads, self.head_dim, device="cuda").to(dtype)
-        self.output = torch.empty_like(self.query)
-        self.scale = self.head_dim**-0.5
-        self.num_heads = num_heads
-        self.num_bytes = sum(lengths) * 2 * self.num_kv_heads * self.head_dim * layers[0].element_size()
-        self.window = window
-        self.cut(tile)
-
-    def cut(self, tile: DecodeTile | None) -> None:
-        self.plan = allocate_decode_plan(
-            num_rows=len(self.lengths),
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            device=self.query.device,
-            dtype=self.query.dtype,
-            sliding_window=self.window,
-            tile=tile,
-        )
-        self.make_plan()
-
-    def make_plan(self) -> None:
-        plan_decode(self.plan, self.lengths, self.rows)
-
-    def launch(self, layer: Tensor, **options: Any) -> Tensor:
-        return paged_decode(
-            self.query,
-            layer,
-            self.block_tables,
-            self.plan,
-            lengths=self.lengths,
-            rows=self.rows,
-            scale=self.scale,
-            output=self.output,
-            **options,
-        )
-
-    def seconds(self) -> float:
-        return seconds_per_launch([partial(self.launch, layer) for layer in self.layers])
 
 
 @dataclass(frozen=True)
@@ -257,7 +179,7 @@ def _check_prefill(
     chunks = [PrefillChunk(row, max(0, length - 700), min(length, 700)) for row, length in enumerate(lengths)]
     query = torch.randn(sum(chunk.num_tokens for chunk in chunks), num_heads, head_dim, device="cuda").to(dtype)
     tile = prefill_tile(head_dim=head_dim, num_bytes=query.element_size(), block_size=block_size)
-    pieces = _pieces(chunks, tile, num_heads // num_kv_heads)
+    pieces = pieces_of(chunks, tile, num_heads // num_kv_heads)
     output = torch.full_like(query, float("nan"))
     tables = case.block_tables
     paged_prefill(query, layers[1], tables, pieces, scale=case.scale, sliding_window=window, output=output, tile=tile, **options)
@@ -280,25 +202,6 @@ def _poison_tails(layer: Tensor, block_tables: Tensor, lengths: Sequence[int], b
     for row, length in enumerate(lengths):
         if length % block_size:
             layer[block_tables[row, length // block_size], :, :, length % block_size :] = float("nan")
-
-
-def _pieces(chunks: Sequence[PrefillChunk], tile: PrefillTile, group: int) -> Tensor:
-    return torch.tensor(cut_prefill(chunks, tile=tile, group=group), dtype=torch.int32, device="cuda")
-
-
-def decode_batches() -> dict[str, list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.randint(100, 2048, (128,), generator=generator).tolist()
-    return {
-        "1 x 128": [128],
-        "1 x 4096": [4096],
-        "1 x 65536": [65536],
-        "32 x 1024 (128 MiB)": [1024] * 32,
-        "128 x 1024 (512 MiB)": [1024] * 128,
-        "256 x 1024 (1 GiB)": [1024] * 256,
-        "128 x 100..2048": uniform,
-        "65536 and 63 x 512": [65536] + [512] * 63,
-    }
 
 
 def time_decode_tiles(pool: Pool, read_bytes_per_s: float) -> list[dict[str, Any]]:
@@ -367,44 +270,6 @@ def time_layouts(pool: Pool, read_bytes_per_s: float, tiles: Sequence[DecodeTile
     return rows
 
 
-def prefill_batches() -> dict[str, list[PrefillChunk]]:
-    return {
-        "1 x 8192": [PrefillChunk(0, 0, 8192)],
-        "8 x 1024": [PrefillChunk(row, 0, 1024) for row in range(8)],
-        "1 x 2048": [PrefillChunk(0, 0, 2048)],
-        "2048 after 6144": [PrefillChunk(0, 6144, 2048)],
-        "512 after 7680": [PrefillChunk(0, 7680, 512)],
-    }
-
-
-class PrefillCase:
-    """Chunks of prompts over a pool, and how many operations their attention is."""
-
-    def __init__(self, layers: Sequence[Tensor], chunks: Sequence[PrefillChunk], *, num_heads: int) -> None:
-        self.decode = DecodeCase(layers, [chunk.start + chunk.num_tokens for chunk in chunks], num_heads=num_heads)
-        self.chunks = chunks
-        head_dim = layers[0].shape[4]
-        self.group = num_heads // layers[0].shape[2]
-        self.query = torch.randn(sum(chunk.num_tokens for chunk in chunks), num_heads, head_dim, device="cuda").to(layers[0].dtype)
-        self.output = torch.empty_like(self.query)
-        pairs = sum(chunk.num_tokens * chunk.start + chunk.num_tokens * (chunk.num_tokens + 1) // 2 for chunk in chunks)
-        self.num_operations = 4 * pairs * num_heads * head_dim
-
-    def launch(self, tile: PrefillTile, layer: Tensor, pieces: Tensor | None = None) -> Tensor:
-        pieces = _pieces(self.chunks, tile, self.group) if pieces is None else pieces
-        tables = self.decode.block_tables
-        return paged_prefill(self.query, layer, tables, pieces, scale=self.decode.scale, output=self.output, tile=tile)
-
-    def row(self, tile: PrefillTile) -> dict[str, Any]:
-        pieces = _pieces(self.chunks, tile, self.group)
-        launches: list[Callable[[], object]] = [partial(self.launch, tile, layer, pieces) for layer in self.decode.layers[:4]]
-        try:
-            seconds = seconds_per_launch(launches, num_replays=7)
-        except Exception as error:  # a tile that does not fit the GPU is a row, not an end
-            return {**asdict(tile), "error": str(error)[:200]}
-        return {**asdict(tile), "us": seconds * 1e6, "tflops": self.num_operations / seconds / 1e12}
-
-
 def time_prefill(pool: Pool) -> list[dict[str, Any]]:
     """Tiles over chunks with and without context, of an 8B Llama's heads; torch's cuDNN attention beside."""
     rows: list[dict[str, Any]] = []
@@ -416,7 +281,7 @@ def time_prefill(pool: Pool) -> list[dict[str, Any]]:
             rows += [{"chunks": name, "block_size": block_size, **row} for row in timed]
             print(f"prefill {name} bs{block_size} {_short(timed)}", flush=True)
         if all(chunk.start == 0 for chunk in chunks):
-            seconds = _cudnn_seconds(len(chunks), chunks[0].num_tokens)
+            seconds = cudnn_seconds(len(chunks), chunks[0].num_tokens)
             rows.append({"chunks": name, "torch_cudnn_us": seconds * 1e6, "tflops": case.num_operations / seconds / 1e12})
             print(f"prefill {name} cuDNN {case.num_operations / seconds / 1e12:.0f}", flush=True)
     return rows
@@ -447,12 +312,3 @@ def _short(rows: Sequence[dict[str, Any]]) -> str:
         f"{row.get('tflops', float('nan')):.0f}"
         for row in rows
     )
-
-
-def _cudnn_seconds(num_sequences: int, length: int) -> float:
-    query = torch.randn(num_sequences, 32, length, 128, device="cuda", dtype=torch.bfloat16)
-    key, value = torch.randn(2, num_sequences, 8, length, 128, device="cuda", dtype=torch.bfloat16)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return seconds_per_launch(
-            [lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)] * 4, num_replays=7
-        )

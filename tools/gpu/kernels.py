@@ -23,7 +23,6 @@ from attention import (
     OTHER_PREFILL_TILES,
     PREFILL_TILES,
     attention_checks,
-    make_pool,
     run_attention_check,
     time_decode_heads,
     time_decode_tiles,
@@ -32,8 +31,10 @@ from attention import (
     time_prefill_heads,
     warm_up,
 )
-from small_ops import SmallOps
-from timing import ceilings
+
+from quire.bench.attention_cases import make_pool
+from quire.bench.gpu_timing import ceilings
+from quire.bench.kernel_ops import SmallOps
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def main() -> None:
         done("warm up")
     read_bytes_per_s = report["ceilings"]["read_bytes_per_s"]
     if "small" in parts:
-        report["small"] = SmallOps(read_bytes_per_s).run_all()
+        report["small"] = SmallOps(read_bytes_per_s, on_row=_print_op).run_all()
         done("small")
     torch.cuda.empty_cache()
     pool_gb = arguments.pool_gb or (100 if properties.total_memory > 120e9 else 60)
@@ -103,6 +104,12 @@ def main() -> None:
     if "layout" in parts:
         report["layout"] = time_layouts(kv_pool, read_bytes_per_s, LAYOUT_TILES)
         done("layout")
+
+
+def _print_op(row: dict[str, Any]) -> None:
+    verdict = "ok   " if row["ok"] else "WRONG"
+    times = f"{row['us']:7.1f} us, floor {row['floor_us']:6.1f}"
+    print(f"{verdict} {row['op']:32s} {row['size']:5d} {times}, error {row['error']:.1e}", flush=True)
 
 
 def _result_or_error(future: Future[dict[str, Any]]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def load_model(
             return load_llama_model(folder, dtype=dtype, device=device, has_dummy_weights=has_dummy_weights, collective=collective)
     from quire.worker.models.transformers_model import load_transformers_model
 
-    return load_transformers_model(folder, dtype=dtype, device=device, collective=collective)
+    return load_transformers_model(folder, dtype=dtype, device=device, collective=collective, dummy_weights=has_dummy_weights)
 
 
 def load_llama_model(

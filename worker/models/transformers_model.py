@@ -20,6 +20,7 @@ from quire.kernels.store_kv import store_kv
 from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.checkpoint import Checkpoint
+from quire.worker.models.dummy_weights import make_dummy_module
 from quire.worker.models.packed_linear import pack_linears
 from quire.worker.models.tensor_parallel import Split, cut, install_exchanges, split_model
 from quire.worker.step_inputs import StepInputs
@@ -28,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 # transformers keeps attention functions by name, process-wide; a name per model lets the function be that model's method.
 _names = itertools.count()
+
+# What transformers would report of weights that are all there.
+_NOTHING_WRONG: Final[dict[str, Any]] = {"missing_keys": (), "mismatched_keys": ()}
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -125,33 +129,36 @@ class TransformersModel:
         return attended[None], None
 
 
-def load_transformers_model(folder: ModelFolder, *, dtype: str, device: str, collective: Collective | None = None) -> TransformersModel:
+def load_transformers_model(
+    folder: ModelFolder, *, dtype: str, device: str, collective: Collective | None = None, dummy_weights: bool = False
+) -> TransformersModel:
     """Read the weights, from safetensors alone, and put paged attention in.
 
-    collective: the ranks over which the model is split; this rank reads its part of each weight. None: the model is whole.
+    collective:    the ranks over which the model is split; this rank reads its part of each weight. None: the model is whole.
+    dummy_weights: no file is read but config.json; the weights are random, the same ones each time
 
     Raises:
         ConfigError: transformers does not know the family, it cannot be split, or the files do not hold exactly its weights.
     """
     rank, size = (0, 1) if collective is None else (collective.rank, collective.size)
-    model = load_part(folder, dtype=dtype, device=device, rank=rank, size=size)
+    model = load_part(folder, dtype=dtype, device=device, rank=rank, size=size, dummy_weights=dummy_weights)
     pack_linears(model.module)
     if collective is not None:
         model.join(collective)
     return model
 
 
-def load_part(folder: ModelFolder, *, dtype: str, device: str, rank: int, size: int) -> TransformersModel:
+def load_part(folder: ModelFolder, *, dtype: str, device: str, rank: int, size: int, dummy_weights: bool = False) -> TransformersModel:
     """One rank's share of a model. With size > 1 it computes nothing right before it has joined the others.
 
     Raises:
         ConfigError: as for load_transformers_model.
     """
     started_s = time.perf_counter()
-    checkpoint = Checkpoint(folder)
+    checkpoint = None if dummy_weights else Checkpoint(folder)
     try:
         with _quiet():
-            module, report, split = _load_module(folder, checkpoint, dtype=dtype, rank=rank, size=size)
+            module, report, split = _load_module(folder, checkpoint, dtype=dtype, device=device, rank=rank, size=size)
     except ConfigError:
         raise
     except Exception as error:
@@ -186,9 +193,9 @@ def load_part(folder: ModelFolder, *, dtype: str, device: str, rank: int, size: 
 
 
 def _load_module(
-    folder: ModelFolder, checkpoint: Checkpoint, *, dtype: str, rank: int, size: int
+    folder: ModelFolder, checkpoint: Checkpoint | None, *, dtype: str, device: str, rank: int, size: int
 ) -> tuple[Any, dict[str, Any], Split | None]:
-    """The module, transformers' report on its weights, and how it was split."""
+    """The module, transformers' report on its weights, and how it was split. checkpoint: None for dummy weights, made on `device`."""
     config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -202,9 +209,12 @@ def _load_module(
             )
         family, num_kv_heads = folder.model_type, folder.num_kv_heads
         split = split_model(whole, family=family, num_kv_heads=num_kv_heads, rank=rank, size=size)
-        shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
-        checkpoint.cut(whole, split.parts, shapes, family=family)
+        if checkpoint is not None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+            checkpoint.cut(whole, split.parts, shapes, family=family)
         cls = _cut_class(cls, lambda module: cut(module, split, family=family, num_heads=folder.num_heads, num_kv_heads=num_kv_heads))
+    if checkpoint is None:
+        return make_dummy_module(cls, whole.config, dtype=DTYPES[dtype], device=device), _NOTHING_WRONG, split
     module, report = cls.from_pretrained(
         None,
         config=whole.config,

@@ -1,12 +1,16 @@
-"""The operations around attention on the GPU: each compared with its reference at the size at which it is then timed."""
+"""The operations around attention on the GPU: each compared with its reference at the size at which it is then timed, and torch's
+own way of the same timed beside it.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from timing import relative_error, seconds_per_launch
 from torch import Tensor
 
+from quire.bench.gpu_timing import relative_error, seconds_per_launch
+from quire.bench.torch_ops import torch_copy_blocks, torch_rms_norm, torch_rotary_store, torch_sample, torch_silu_mul, torch_store_kv
 from quire.kernels.copy_blocks import copy_blocks, copy_blocks_reference
 from quire.kernels.prepare_inputs import allocate_step_tokens, append_tokens, prepare_inputs, prepare_inputs_reference
 from quire.kernels.rms_norm import rms_norm, rms_norm_reference
@@ -20,11 +24,16 @@ NUM_SETS = 8
 
 
 class SmallOps:
-    """Rows of the report; every row has its error, time, bytes and share of the reading bandwidth."""
+    """Rows of the report; every row has its error, its time, the time that its bytes take, and torch's time, None where torch has no
+    such operation.
 
-    def __init__(self, read_bytes_per_s: float) -> None:
+    on_row: called with each row as it is done
+    """
+
+    def __init__(self, read_bytes_per_s: float, *, on_row: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         self.rows: list[dict[str, Any]] = []
         self._read_bytes_per_s = read_bytes_per_s
+        self._on_row = on_row
 
     def run_all(self) -> list[dict[str, Any]]:
         for num_tokens in (1, 64, 256, 8192):
@@ -47,7 +56,9 @@ class SmallOps:
         slots = torch.randperm(pool.shape[0] * 16, device="cuda")[:num_tokens]
         positions = torch.randint(0, 4096, (num_tokens,), device="cuda")
         table = rotary_table(1e4 ** -(torch.arange(head_dim // 2, device="cuda") / (head_dim // 2)), max_positions=4096)
-        norms = {name: torch.randn(head_dim, device="cuda").bfloat16() if with_norm else None for name in ("query_norm", "key_norm")}
+        norms: dict[str, Any] = {
+            name: torch.randn(head_dim, device="cuda").bfloat16() if with_norm else None for name in ("query_norm", "key_norm")
+        }
         output = torch.full_like(sets[0][:, :num_heads], float("nan"))
 
         def launch(index: int) -> Tensor:
@@ -58,16 +69,25 @@ class SmallOps:
         query, key, value = sets[0].float().split(heads, dim=1)
         expected, expected_pool = torch.empty_like(query), torch.zeros_like(pool[:, 0], dtype=torch.float32)
         few = slots[:64]  # the reference goes token by token
-        wide_norms = {name: None if norm is None else norm.float() for name, norm in norms.items()}
+        wide_norms: dict[str, Any] = {name: None if norm is None else norm.float() for name, norm in norms.items()}
         rotary_store_reference(query, key, value, expected_pool, _only(slots, few), positions, table, output=expected, **wide_norms)
         stored = pool[few // 16, 0, :, :, few % 16]
         error = max(relative_error(output, expected), relative_error(stored, expected_pool[few // 16, :, :, few % 16]))
         num_bytes = 2 * sets[0].nbytes
         name = f"rotary_store{' + norm' if with_norm else ''} {num_heads}/{num_kv_heads}"
-        self._add(name, num_tokens, error, 1e-2, num_bytes, launch)
+
+        def torch_launch(index: int) -> Tensor:
+            query, key, value = sets[index].split(heads, dim=1)
+            return torch_rotary_store(query, key, value, pool[:, index], slots, positions, table, **norms)
+
+        self._add(name, num_tokens, error, 1e-2, num_bytes, launch, torch_launch)
         if not with_norm:
-            kv = [tensors.split(heads, dim=1)[1:] for tensors in sets]
-            self._add("store_kv", num_tokens, 0.0, 1e-2, 4 * kv[0][0].nbytes, lambda index: store_kv(*kv[index], pool[:, index], slots))
+            kv = [(key, value) for _, key, value in (tensors.split(heads, dim=1) for tensors in sets)]
+            self._add(
+                "store_kv", num_tokens, 0.0, 1e-2, 4 * kv[0][0].nbytes,
+                lambda index: store_kv(kv[index][0], kv[index][1], pool[:, index], slots),
+                lambda index: torch_store_kv(kv[index][0], kv[index][1], pool[:, index], slots),
+            )  # fmt: skip
 
     def rms_norm(self, num_tokens: int, width: int) -> None:
         sets = [torch.randn(2, num_tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(NUM_SETS)]
@@ -79,13 +99,18 @@ class SmallOps:
         self._add(
             "rms_norm + residual", num_tokens, error, 1e-2, 4 * output.nbytes,
             lambda index: rms_norm(sets[index][0], weight, eps=1e-5, residual=sets[index][1], output=output),
+            lambda index: torch_rms_norm(sets[index][0], weight, eps=1e-5, residual=sets[index][1]),
         )  # fmt: skip
 
     def silu_mul(self, num_tokens: int, width: int) -> None:
         sets = [torch.randn(num_tokens, 2 * width, device="cuda", dtype=torch.bfloat16) for _ in range(NUM_SETS)]
         output = torch.full((num_tokens, width), float("nan"), device="cuda", dtype=torch.bfloat16)
         error = relative_error(silu_mul(sets[0], output=output), silu_mul_reference(sets[0].float()))
-        self._add("silu_mul", num_tokens, error, 1e-2, 3 * output.nbytes, lambda index: silu_mul(sets[index], output=output))
+        self._add(
+            "silu_mul", num_tokens, error, 1e-2, 3 * output.nbytes,
+            lambda index: silu_mul(sets[index], output=output),
+            lambda index: torch_silu_mul(sets[index]),
+        )  # fmt: skip
 
     def copy_blocks(self, num_copies: int) -> None:
         pool = torch.randn(2 * 64 * NUM_SETS, 32, 2, 8, 16, 128, device="cuda", dtype=torch.bfloat16)
@@ -97,7 +122,11 @@ class SmallOps:
         copy_blocks_reference(before, local[:num_copies], local[num_copies:])
         error = 0.0 if torch.equal(pool[touched], before) else float("inf")
         num_bytes = 2 * num_copies * pool[0].nbytes
-        self._add("copy_blocks of 2 MiB", num_copies, error, 1e-9, num_bytes, lambda index: copy_blocks(pool, ids[index, 0], ids[index, 1]))
+        self._add(
+            "copy_blocks of 2 MiB", num_copies, error, 1e-9, num_bytes,
+            lambda index: copy_blocks(pool, ids[index, 0], ids[index, 1]),
+            lambda index: torch_copy_blocks(pool, ids[index, 0], ids[index, 1]),
+        )  # fmt: skip
 
     def prepare_inputs(self, num_rows: int) -> None:
         tokens = torch.randint(0, 1000, (num_rows, 4096), device="cuda")
@@ -134,19 +163,33 @@ class SmallOps:
         self._add(
             f"sample {name}", num_rows, different, 1.5 if num_rows > 100 else 0.5, sets[0].nbytes,
             lambda index: sample(sets[index % 2], inputs, purpose=0),
+            lambda index: torch_sample(sets[index % 2], options),
         )  # fmt: skip
 
-    def _add(self, name: str, size: int, error: float, bound: float, num_bytes: int, launch: Callable[[int], object]) -> None:
-        def bound_launch(index: int) -> Callable[[], object]:
-            return lambda: launch(index)
-
-        seconds = seconds_per_launch([bound_launch(index % NUM_SETS) for index in range(4 * NUM_SETS)])
-        floor_s = num_bytes / self._read_bytes_per_s
-        row = {"op": name, "size": size, "error": error, "ok": error < bound, "us": seconds * 1e6, "floor_us": floor_s * 1e6}
+    def _add(
+        self,
+        name: str,
+        size: int,
+        error: float,
+        bound: float,
+        num_bytes: int,
+        launch: Callable[[int], object],
+        torch_launch: Callable[[int], object] | None = None,
+    ) -> None:
+        """Launches get the number of the buffers that they take."""
+        row: dict[str, Any] = {"op": name, "size": size, "error": error, "ok": error < bound}
+        row |= {"us": 1e6 * _seconds(launch), "floor_us": 1e6 * num_bytes / self._read_bytes_per_s, "torch_us": None}
+        if torch_launch is not None:
+            try:
+                row["torch_us"] = 1e6 * _seconds(torch_launch)
+            except RuntimeError as failure:  # what some torch cannot capture says nothing of our kernel
+                row["torch_error"] = str(failure)[:200]
         self.rows.append(row)
-        verdict = "ok   " if row["ok"] else "WRONG"
-        times = f"{row['us']:7.1f} us, floor {row['floor_us']:6.1f}"
-        print(f"{verdict} {name:32s} {size:5d} {times}, error {error:.1e}", flush=True)
+        self._on_row(row)
+
+
+def _seconds(launch: Callable[[int], object]) -> float:
+    return seconds_per_launch([partial(launch, index % NUM_SETS) for index in range(4 * NUM_SETS)])
 
 
 SAMPLERS: dict[str, dict[str, float]] = {

@@ -30,7 +30,7 @@ def seconds_per_launch(launches: Sequence[Callable[[], object]], *, num_replays:
         end.record()
     torch.cuda.synchronize()
     times_ms = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
-    return statistics.median(times_ms) / 1e3 / len(launches)
+    return float(statistics.median(times_ms)) / 1e3 / len(launches)
 
 
 def ceilings() -> dict[str, float]:
