@@ -1,6 +1,6 @@
 """Choosing each row's next token: temperature, top-k, top-p, min-p, typical-p, then Gumbel-max with noise that scheduling cannot change."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -24,52 +24,74 @@ _NUM_VALUE_READINGS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """How each row of logits is sampled; tensors of [num_rows]."""
+    """How each row of logits is sampled: its place, and columns of [max_rows] with an entry for each place.
 
-    temperature: Tensor  # float32; 0 takes the most likely token
+    Whole numbers are int64, others float64, with strides of 1. Kernels read through `rows`, so that a launch whose arguments
+    never change, as in a CUDA graph, serves whatever batch comes.
+    """
+
+    rows: Tensor  # [num_rows] int64, the place of each row of logits in the columns; -1 is padding
+    temperature: Tensor  # 0 takes the most likely token; rounded to float32 before it is used
     top_k: Tensor  # int64; 0 keeps all
-    top_p: Tensor  # float64, so that 1 - top_p rounds to float32 once; 1 keeps all
-    min_p: Tensor  # float32; 0 keeps all
-    typical_p: Tensor  # float32; 1 keeps all
+    top_p: Tensor  # 1 keeps all; 1 - top_p is rounded to float32 once
+    min_p: Tensor  # 0 keeps all; rounded to float32 before it is used
+    typical_p: Tensor  # 1 keeps all; rounded to float32 before it is used
     seed: Tensor  # int64, the bits of the unsigned seed
     sequence_index: Tensor  # int64
     position: Tensor  # int64; the place in the sequence that the drawn token takes
 
 
-def sample(logits: Tensor, inputs: SamplingInputs, *, purpose: int, broken: Tensor | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    inputs: SamplingInputs,
+    *,
+    purpose: int,
+    has_typical: bool = False,
+    token_ids: Tensor | None = None,
+    broken: Tensor | None = None,
+) -> Tensor:
     """One token id per row.
 
-    logits:  [num_rows, vocab_size] float32; -inf marks forbidden tokens
-    purpose: DrawPurpose; target and draft draws of one position differ
-    broken:  [num_rows] bool, filled with what `broken_rows` says, without another reading of the logits
-    result:  [num_rows] int64
+    logits:      [num_rows, vocab_size] float32, bfloat16 or float16, last dim contiguous; -inf marks forbidden tokens
+    purpose:     DrawPurpose; target and draft draws of one position differ
+    has_typical: whether any row has a typical_p below 1: it has no kernel, so all rows take the reference, which waits for the
+                 device. Otherwise a GPU is never waited for, and the launches can be captured in a CUDA graph
+    token_ids:   [num_rows] int64, filled and returned if given
+    broken:      [num_rows] bool, filled with what `broken_rows` says; padding is not broken
+    result:      [num_rows] int64; 0 for broken rows and padding
 
     The filters mean what transformers' warpers of the same names mean, in the same order. A row's token depends on that row
-    alone. Rows that `broken_rows` names get any id. The GPU draws with the same integers and takes the same token, but where
-    two scores are closer than float32 rounding.
+    alone. The GPU draws with the same integers and takes the same token, but where two scores are closer than float32 rounding.
     """
-    # Typical sampling has no kernel yet: one such row sends all to the reference. Asking costs a wait for the device.
-    if runs_triton(logits) and not bool((inputs.typical_p < 1).any()):
-        return _sample_without_sorting(logits, inputs, purpose=purpose, broken=broken)
-    if broken is not None:
-        broken.copy_(broken_rows(logits))
-    return sample_reference(logits, inputs, purpose=purpose)
+    if token_ids is None:
+        token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if runs_triton(logits) and not has_typical:
+        _sample_without_sorting(logits, inputs, purpose=purpose, token_ids=token_ids, broken=broken)
+    else:
+        token_ids.copy_(sample_reference(logits, inputs, purpose=purpose, broken=broken))
+    return token_ids
 
 
-def sample_reference(logits: Tensor, inputs: SamplingInputs, *, purpose: int) -> Tensor:
+def sample_reference(logits: Tensor, inputs: SamplingInputs, *, purpose: int, broken: Tensor | None = None) -> Tensor:
     """The same, with a sort, by the filters one after the other."""
-    token_ids = logits.argmax(dim=-1)
-    random_rows = inputs.temperature.nonzero()[:, 0]  # greedy rows need no noise
+    is_padding = inputs.rows < 0
+    is_broken = broken_rows(logits) & ~is_padding
+    if broken is not None:
+        broken.copy_(is_broken)
+    token_ids = logits.argmax(dim=-1).masked_fill(is_broken | is_padding, 0)
+    temperature = inputs.temperature[inputs.rows.clamp(min=0)].float()
+    random_rows = ((temperature != 0) & ~is_broken & ~is_padding).nonzero()[:, 0]  # greedy rows need no noise
     if random_rows.numel() == 0:
         return token_ids
-    picked = SamplingInputs(*(getattr(inputs, name)[random_rows] for name in SamplingInputs.__slots__))
-    scores = logits[random_rows]
+    rows = inputs.rows[random_rows]
+    scores = logits[random_rows].float()
     # Taking the maximum away first changes no probability and keeps a tiny temperature from overflowing.
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / picked.temperature[:, None]
-    scores = filter_top_k_top_p(scores, top_k=picked.top_k, top_p=picked.top_p)
-    scores = filter_min_p(scores, min_p=picked.min_p)
-    scores = filter_typical_p(scores, typical_p=picked.typical_p)
-    token_ids[random_rows] = (scores + gumbel_noise(logits.shape[-1], picked, purpose=purpose)).argmax(dim=-1)
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[random_rows, None]
+    scores = filter_top_k_top_p(scores, top_k=inputs.top_k[rows], top_p=inputs.top_p[rows])
+    scores = filter_min_p(scores, min_p=inputs.min_p[rows])
+    scores = filter_typical_p(scores, typical_p=inputs.typical_p[rows])
+    noise = gumbel_noise(logits.shape[-1], replace(inputs, rows=rows), purpose=purpose)
+    token_ids[random_rows] = (scores + noise).argmax(dim=-1)
     return token_ids
 
 
@@ -108,19 +130,19 @@ def filter_top_k_top_p(scores: Tensor, *, top_k: Tensor, top_p: Tensor) -> Tenso
 def filter_min_p(scores: Tensor, *, min_p: Tensor) -> Tensor:
     """Forbid tokens less likely than min_p times the most likely one.
 
-    scores: [num_rows, vocab_size] float32; min_p: [num_rows] float32, 0 keeps all
+    scores: [num_rows, vocab_size] float32; min_p: [num_rows], 0 keeps all; rounded to float32
     """
     if not bool((min_p > 0).any()):
         return scores
     probabilities = scores.softmax(dim=-1)
-    least = min_p[:, None] * probabilities.amax(dim=-1, keepdim=True)
+    least = min_p[:, None].float() * probabilities.amax(dim=-1, keepdim=True)
     return scores.masked_fill(probabilities < least, float("-inf"))
 
 
 def filter_typical_p(scores: Tensor, *, typical_p: Tensor) -> Tensor:
     """Keep the tokens whose surprise is nearest to the expected one, until they make up typical_p of the probability.
 
-    scores: [num_rows, vocab_size] float32; typical_p: [num_rows] float32, 1 keeps all
+    scores: [num_rows, vocab_size] float32; typical_p: [num_rows], 1 keeps all; rounded to float32
     """
     rows = (typical_p < 1).nonzero()[:, 0]
     if rows.numel() == 0:
@@ -133,7 +155,7 @@ def filter_typical_p(scores: Tensor, *, typical_p: Tensor) -> Tensor:
     distance = (surprise - parts.cumsum(dim=-1)[:, -1:]).abs()
     ascending, order = distance.sort(dim=-1, stable=True)
     mass = picked.gather(1, order).softmax(dim=-1).cumsum(dim=-1)
-    last = (mass < typical_p[rows, None]).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    last = (mass < typical_p[rows, None].float()).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     filtered = scores.clone()
     filtered[rows] = picked.masked_fill(distance > ascending.gather(1, last), float("-inf"))
     return filtered
@@ -150,11 +172,9 @@ def gumbel_noise(vocab_size: int, inputs: SamplingInputs, *, purpose: int) -> Te
     """
     num_counters = -(-vocab_size // (4 * _ROW_COUNTERS)) * _ROW_COUNTERS
     word_index = torch.arange(num_counters, dtype=torch.int64, device=inputs.seed.device)
-    seed_low, seed_high = words_of(inputs.seed[:, None])
-    words = philox(
-        (word_index[None], inputs.position[:, None], inputs.sequence_index[:, None], torch.full_like(word_index[None], purpose)),
-        (seed_low, seed_high),
-    )
+    rows = inputs.rows.clamp(min=0)[:, None]
+    counter = (word_index[None], inputs.position[rows], inputs.sequence_index[rows], torch.full_like(word_index[None], purpose))
+    words = philox(counter, words_of(inputs.seed[rows]))
     bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1) >> 9
     uniform = (bits.to(torch.float32) + 0.5) * 2.0**-23
     return -(-uniform.log()).log()[:, :vocab_size]
@@ -167,7 +187,7 @@ def gumbel_noise_reference(token_id: int, *, seed: int, position: int, sequence_
     return -(-uniform.log()).log()
 
 
-def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: int, broken: Tensor | None) -> Tensor:
+def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: int, token_ids: Tensor, broken: Tensor | None) -> None:
     """Gumbel-max over all tokens first; the filters then only judge the winner, and the next best one if they refuse it.
 
     What the filters keep is closed upwards: if a token is refused, so is every less likely one. So the draw goes on among the
@@ -183,11 +203,11 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
     program_tokens = triton.cdiv(triton.cdiv(vocab_size, num_programs), _DRAW_TILE) * _DRAW_TILE
     best_scores = torch.empty((3, num_rows, num_programs), dtype=torch.float32, device=logits.device)
     best_ids = torch.empty((num_rows, num_programs), dtype=torch.int32, device=logits.device)
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _draw_kernel[(num_programs, num_rows)](
         best_scores,
         best_ids,
         logits,
+        inputs.rows,
         inputs.temperature,
         inputs.seed,
         inputs.sequence_index,
@@ -206,6 +226,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
         best_scores,
         best_ids,
         logits,
+        inputs.rows,
         inputs.temperature,
         inputs.top_k,
         inputs.top_p,
@@ -223,7 +244,6 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
         NUM_VALUE_READINGS=_NUM_VALUE_READINGS,
         num_warps=16,  # of one program a row: bound by its instructions, it wants all schedulers busy
     )
-    return token_ids
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -231,10 +251,11 @@ def _draw_kernel(
     best_scores: tl.tensor,  # [3, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf
     best_ids: tl.tensor,  # [num_rows, num_programs]
     logits: tl.tensor,  # [num_rows, vocab_size]
-    temperature: tl.tensor,  # [num_rows]
-    seed: tl.tensor,  # [num_rows]
-    sequence_index: tl.tensor,  # [num_rows]
-    position: tl.tensor,  # [num_rows]
+    rows: tl.tensor,  # [num_rows]
+    temperature: tl.tensor,  # [max_rows] float64
+    seed: tl.tensor,  # [max_rows]
+    sequence_index: tl.tensor,  # [max_rows]
+    position: tl.tensor,  # [max_rows]
     num_rows: int,
     vocab_size: int,
     logits_stride: int,
@@ -244,10 +265,13 @@ def _draw_kernel(
 ) -> None:
     """The best token of a part of each row, unfiltered."""
     row = tl.program_id(1).to(tl.int64)
-    heat = tl.load(temperature + row)
-    row_seed = tl.load(seed + row)
-    row_position = tl.load(position + row)
-    row_index = tl.load(sequence_index + row)
+    at = tl.load(rows + row)
+    if at < 0:
+        return
+    heat = tl.load(temperature + at).to(tl.float32)
+    row_seed = tl.load(seed + at)
+    row_position = tl.load(position + at)
+    row_index = tl.load(sequence_index + at)
     begin = tl.program_id(0) * program_tokens
     end = tl.minimum(begin + program_tokens, vocab_size)
     best = tl.full([TILE], float("-inf"), tl.float32)
@@ -281,13 +305,14 @@ def _judge_kernel(
     best_scores: tl.tensor,  # [3, num_rows, PROGRAMS]
     best_ids: tl.tensor,  # [num_rows, PROGRAMS]
     logits: tl.tensor,  # [num_rows, vocab_size]
-    temperature: tl.tensor,  # [num_rows]
-    top_k: tl.tensor,  # [num_rows]
-    top_p: tl.tensor,  # [num_rows] float64
-    min_p: tl.tensor,  # [num_rows]
-    seed: tl.tensor,  # [num_rows]
-    sequence_index: tl.tensor,  # [num_rows]
-    position: tl.tensor,  # [num_rows]
+    rows: tl.tensor,  # [num_rows]
+    temperature: tl.tensor,  # [max_rows] float64
+    top_k: tl.tensor,  # [max_rows]
+    top_p: tl.tensor,  # [max_rows] float64
+    min_p: tl.tensor,  # [max_rows] float64
+    seed: tl.tensor,  # [max_rows]
+    sequence_index: tl.tensor,  # [max_rows]
+    position: tl.tensor,  # [max_rows]
     num_rows: int,
     vocab_size: int,
     logits_stride: int,
@@ -299,17 +324,23 @@ def _judge_kernel(
 ) -> None:
     """The best token of each row that the row's filters keep."""
     row = tl.program_id(0).to(tl.int64)
+    at = tl.load(rows + row)
+    if at < 0:
+        tl.store(token_ids + row, 0)
+        if broken is not None:
+            tl.store(broken + row, False)
+        return
     place = row * PROGRAMS + tl.arange(0, PROGRAMS)
     scores = tl.load(best_scores + place)
     score = tl.max(scores, 0)
     token_id = tl.min(tl.where(scores == score, tl.load(best_ids + place), 0x7FFFFFFF), 0)
-    token_id = tl.where(token_id == 0x7FFFFFFF, 0, token_id)  # nothing but -inf: any id will do
-    heat = tl.load(temperature + row)
-    most = tl.load(top_k + row)
-    mass = tl.load(top_p + row)
-    least = tl.load(min_p + row)
+    heat = tl.load(temperature + at).to(tl.float32)
+    most = tl.load(top_k + at)
+    mass = tl.load(top_p + at)
+    least = tl.load(min_p + at).to(tl.float32)
     largest = tl.max(tl.load(best_scores + num_rows * PROGRAMS + place), 0)
     is_broken = (largest == float("inf")) | (largest == float("-inf"))
+    token_id = tl.where(is_broken, 0, token_id)
     if broken is not None:
         tl.store(broken + row, is_broken)
     if (not is_broken) & (heat > 0.0) & ((most > 0) | (mass < 1.0) | (least > 0.0)):
@@ -352,7 +383,7 @@ def _judge_kernel(
                     is_open = (logit > chosen) | ((logit == chosen) & (token > token_id))
                     is_open = is_open & (_key(logit) >= floor) & (tl.exp((logit - largest) / heat) >= least)
                     if tl.max(is_open.to(tl.int32), 0) > 0:  # noise is what costs, and few tokens are still open
-                        noise = _noise(first, tl.load(seed + row), tl.load(position + row), tl.load(sequence_index + row), purpose, TILE)
+                        noise = _noise(first, tl.load(seed + at), tl.load(position + at), tl.load(sequence_index + at), purpose, TILE)
                         noisy = tl.where(is_open, logit + heat * noise, float("-inf"))
                         is_better = noisy > best
                         best = tl.where(is_better, noisy, best)

@@ -97,11 +97,12 @@ def _apply_rules_and_penalties(batch: Batch, logits: Tensor, sampled: Sequence[i
 def _penalty_inputs(batch: Batch, rows: Sequence[int]) -> PenaltyInputs:
     width = max(batch.rows[row].length for row in rows)
     indices = device_tensor(rows, device=batch.device)
-    repetition, frequency, presence = batch.sampling.penalties(indices)
+    repetition, frequency, presence = batch.sampling.penalties()
     return PenaltyInputs(
-        tokens=batch.tokens[indices, :width],
-        prompt_lengths=batch.prompt_lengths[indices],
-        lengths=batch.lengths[indices],
+        rows=indices,
+        tokens=batch.tokens[:, :width],
+        prompt_lengths=batch.prompt_lengths,
+        lengths=batch.lengths,
         repetition=repetition,
         frequency=frequency,
         presence=presence,
@@ -111,12 +112,13 @@ def _penalty_inputs(batch: Batch, rows: Sequence[int]) -> PenaltyInputs:
 def _draw(batch: Batch, logits: Tensor, sampled: Sequence[int], drawing: Sequence[int]) -> Tensor:
     """A token for each sample that draws, 0 for the others: [num_samples] int64."""
     rows = device_tensor([sampled[index] for index in drawing], device=batch.device)
-    inputs = batch.sampling.inputs(rows, positions=batch.lengths[rows])
+    inputs = batch.sampling.inputs(rows, position=batch.lengths)
+    has_typical = bool(batch.sampling.typical)
     if len(drawing) == len(sampled):
-        return sample(logits, inputs, purpose=DrawPurpose.TARGET)
+        return sample(logits, inputs, purpose=DrawPurpose.TARGET, has_typical=has_typical)
     token_ids = torch.zeros(len(sampled), dtype=torch.int64, device=batch.device)
     if drawing:
-        token_ids[list(drawing)] = sample(logits[list(drawing)], inputs, purpose=DrawPurpose.TARGET)
+        token_ids[list(drawing)] = sample(logits[list(drawing)], inputs, purpose=DrawPurpose.TARGET, has_typical=has_typical)
     return token_ids
 
 

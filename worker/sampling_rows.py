@@ -11,25 +11,25 @@ from quire.common.messages import SamplingState
 from quire.kernels.sample import SamplingInputs
 from quire.worker.logit_rules import LogitRules
 
-# Columns of numbers, an entry per row. top_p is float64 for the reason that SamplingInputs gives.
+# Columns of numbers, an entry per row, as SamplingInputs and PenaltyInputs take them.
 _COLUMNS: Final = {
-    "temperature": torch.float32,
+    "temperature": torch.float64,
     "top_k": torch.int64,
     "top_p": torch.float64,
-    "min_p": torch.float32,
-    "typical_p": torch.float32,
+    "min_p": torch.float64,
+    "typical_p": torch.float64,
     "seed": torch.int64,
     "sequence_index": torch.int64,
-    "repetition_penalty": torch.float32,
-    "frequency_penalty": torch.float32,
-    "presence_penalty": torch.float32,
+    "repetition_penalty": torch.float64,
+    "frequency_penalty": torch.float64,
+    "presence_penalty": torch.float64,
 }
 
 
 class SamplingRows:
     """SamplingState of the rows of a batch; the numbers of free rows mean nothing."""
 
-    # Invariant: a row is in `penalised`, `num_logprobs`, `num_beam_candidates` and `rules` only while the batch holds it.
+    # Invariant: a row is in `penalised`, `typical`, `num_logprobs`, `num_beam_candidates` and `rules` only while the batch holds it.
 
     def __init__(self, *, max_rows: int, vocab_size: int, device: str) -> None:
         self._vocab_size = vocab_size
@@ -37,6 +37,7 @@ class SamplingRows:
         self._columns = {name: torch.zeros(max_rows, dtype=dtype, device=device) for name, dtype in _COLUMNS.items()}
         self.rules = LogitRules(vocab_size=vocab_size, device=device)
         self.penalised: set[int] = set()  # rows with any penalty
+        self.typical: set[int] = set()  # rows with a typical_p below 1
         self.num_logprobs: dict[int, int] = {}  # of most likely tokens beside the drawn one, for rows that draw and ask
         self.num_beam_candidates: dict[int, int] = {}  # for beams, which draw nothing
 
@@ -44,12 +45,14 @@ class SamplingRows:
         """Forget all rows."""
         self.rules.clear()
         self.penalised.clear()
+        self.typical.clear()
         self.num_logprobs.clear()
         self.num_beam_candidates.clear()
 
     def remove(self, row: int) -> None:
         self.rules.remove(row)
         self.penalised.discard(row)
+        self.typical.discard(row)
         self.num_logprobs.pop(row, None)
         self.num_beam_candidates.pop(row, None)
 
@@ -66,6 +69,8 @@ class SamplingRows:
             self.rules.set(row, state, prompt_len=prompt_len)
             if (state.repetition_penalty, state.frequency_penalty, state.presence_penalty) != (1, 0, 0):
                 self.penalised.add(row)
+            if state.typical_p < 1:
+                self.typical.add(row)
             if state.num_beam_candidates > 0:
                 self.num_beam_candidates[row] = state.num_beam_candidates
             elif state.num_logprobs is not None:
@@ -79,8 +84,9 @@ class SamplingRows:
         """Give free target rows the state of their sources, and a sequence_index of their own. No source is also a target."""
         for source, target in zip(sources, targets, strict=True):
             self.rules.fork(source, target)
-            if source in self.penalised:
-                self.penalised.add(target)
+            for rows_that_ask in (self.penalised, self.typical):
+                if source in rows_that_ask:
+                    rows_that_ask.add(target)
             for counts in (self.num_logprobs, self.num_beam_candidates):
                 if source in counts:
                     counts[target] = counts[source]
@@ -89,22 +95,23 @@ class SamplingRows:
             column[copies] = column[origins]
         self._columns["sequence_index"][copies] = torch.tensor(sequence_indices, device=self._device)
 
-    def inputs(self, rows: Tensor, *, positions: Tensor) -> SamplingInputs:
+    def inputs(self, rows: Tensor, *, position: Tensor) -> SamplingInputs:
         """How to draw for these rows.
 
-        rows, positions: [n] int64; a position is the place in the sequence that the drawn token takes
+        rows:     [n] int64
+        position: [max_rows] int64, the place in the sequence that the drawn token takes
         """
-        names = [name for name in SamplingInputs.__slots__ if name != "position"]
-        return SamplingInputs(**{name: self._columns[name][rows] for name in names}, position=positions)
+        names = [name for name in SamplingInputs.__slots__ if name not in ("rows", "position")]
+        return SamplingInputs(rows=rows, **{name: self._columns[name] for name in names}, position=position)
 
-    def penalties(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The repetition, frequency and presence penalties of these rows: [n] float32 each."""
-        repetition, frequency, presence = (self._columns[f"{name}_penalty"][rows] for name in ("repetition", "frequency", "presence"))
+    def penalties(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The repetition, frequency and presence penalties of all rows: [max_rows] float64 each."""
+        repetition, frequency, presence = (self._columns[f"{name}_penalty"] for name in ("repetition", "frequency", "presence"))
         return repetition, frequency, presence
 
     def check(self, rows: Container[int]) -> None:
         """Assert that nothing is remembered of rows other than these."""
-        for remembered in (self.penalised, self.num_logprobs, self.num_beam_candidates, self.rules):
+        for remembered in (self.penalised, self.typical, self.num_logprobs, self.num_beam_candidates, self.rules):
             assert all(row in rows for row in remembered), (remembered, rows)
 
     def _check_ids(self, row: int, state: SamplingState) -> None:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +24,12 @@ from quire.kernels.sample import (
 def inputs_of(rows: Sequence[Mapping[str, float]]) -> SamplingInputs:
     """SamplingInputs from one dict per row; what a dict leaves out changes nothing."""
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "seed": 0, "sequence_index": 0, "position": 0}
-    dtypes = {"temperature": torch.float32, "min_p": torch.float32, "typical_p": torch.float32, "top_p": torch.float64}
     filled = [{**defaults, **row} for row in rows]
-    return SamplingInputs(**{name: torch.tensor([row[name] for row in filled], dtype=dtypes.get(name, torch.int64)) for name in defaults})
+    columns = {
+        name: torch.tensor([row[name] for row in filled], dtype=torch.float64 if isinstance(default, float) else torch.int64)
+        for name, default in defaults.items()
+    }
+    return SamplingInputs(rows=torch.arange(len(rows)), **columns)
 
 
 def logits_of(num_rows: int, vocab_size: int, seed: int = 0) -> Tensor:
@@ -73,7 +77,7 @@ def test_typical_p_keeps_the_same_tokens_alone_and_in_a_crowd() -> None:
 
 def test_draws_come_from_the_typical_tokens() -> None:
     logits = logits_of(1, 129).expand(400, 129) / 4
-    drawn = sample(logits, inputs_of([{"typical_p": 0.1, "position": i} for i in range(400)]), purpose=0)
+    drawn = sample(logits, inputs_of([{"typical_p": 0.1, "position": i} for i in range(400)]), purpose=0, has_typical=True)
     kept = TypicalLogitsWarper(0.1)(None, logits[:1])[0].isfinite().nonzero()[:, 0]
     assert 1 < len(kept) < 40
     assert set(drawn.tolist()) == set(kept.tolist())
@@ -210,7 +214,26 @@ def test_broken_rows_are_told_on_the_way_and_change_no_other() -> None:
     token_ids = sample(logits, inputs, purpose=0, broken=broken)
     assert broken.tolist() == [False, True, True, True, False]
     assert token_ids[[0, 4]].tolist() == whole[[0, 4]].tolist()
-    assert ((token_ids >= 0) & (token_ids < 129)).all()
+    assert token_ids[1:4].tolist() == [0, 0, 0]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_read_their_own_place_and_padding_draws_nothing(dtype: torch.dtype) -> None:
+    columns = inputs_of([{**options, "seed": index, "position": index} for index, options in enumerate(FILTERS.values())])
+    places = [5, -1, 2, 2, 7, -1, 0]
+    logits = logits_of(len(places), 129).to(dtype)
+    logits[1], logits[4, 7] = math.nan, math.nan
+    expected = [
+        0 if place in (-1, 7) else int(sample_reference(logits[row : row + 1], replace(columns, rows=torch.tensor([place])), purpose=0))
+        for row, place in enumerate(places)
+    ]
+    inputs = on_kernel_device(replace(columns, rows=torch.tensor(places)))
+    token_ids = torch.full((7,), -5, device=kernel_device())
+    broken = torch.ones(7, dtype=torch.bool, device=kernel_device())
+    assert sample(logits.to(kernel_device()), inputs, purpose=0, token_ids=token_ids, broken=broken) is token_ids
+    assert token_ids.tolist() == expected
+    assert broken.tolist() == [False, False, False, False, True, False, False]
 
 
 @pytest.mark.gpu

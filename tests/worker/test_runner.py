@@ -99,7 +99,9 @@ def test_a_token_is_drawn_with_the_noise_of_the_place_that_it_takes(make_runner:
     for offset, token_id in enumerate(tokens):
         position = len(prompt) + offset
         ones = torch.ones(1)
-        inputs = SamplingInputs(ones, ones, ones, ones, ones, torch.tensor([9]), torch.tensor([2]), torch.tensor([position]))
+        inputs = SamplingInputs(
+            torch.tensor([0]), ones, ones, ones, ones, ones, torch.tensor([9]), torch.tensor([2]), torch.tensor([position])
+        )
         logits = models["tiny"].own_logits(torch.tensor(prompt + tokens[:offset]))[-1:]
         assert int((logits + gumbel_noise(4096, inputs, purpose=DrawPurpose.TARGET)).argmax()) == token_id
 

@@ -80,7 +80,7 @@ def noise(state: SamplingState, position: int) -> Tensor:
     """Of every token, for the draw at this position."""
     ones, seed = torch.ones(1), state.seed - 2**64 if state.seed >= 2**63 else state.seed
     key = (torch.tensor([seed]), torch.tensor([state.sequence_index]), torch.tensor([position]))
-    return gumbel_noise(VOCAB_SIZE, SamplingInputs(ones, ones, ones, ones, ones, *key), purpose=DrawPurpose.TARGET)[0]
+    return gumbel_noise(VOCAB_SIZE, SamplingInputs(torch.tensor([0]), ones, ones, ones, ones, ones, *key), purpose=DrawPurpose.TARGET)[0]
 
 
 def expected_tokens(model: TransformersModel, prompt: Sequence[int], state: SamplingState, *, num_tokens: int) -> list[int]:

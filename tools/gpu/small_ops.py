@@ -121,17 +121,13 @@ class SmallOps:
         vocab_size = 128256
         sets = [torch.randn(num_rows, vocab_size, device="cuda") * 3 for _ in range(2)]
         settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, **options}
-        dtypes = {
-            "temperature": torch.float32,
-            "min_p": torch.float32,
-            "typical_p": torch.float32,
-            "top_p": torch.float64,
-            "top_k": torch.int64,
+        columns = {
+            key: torch.full((num_rows,), value, dtype=torch.float64 if isinstance(value, float) else torch.int64, device="cuda")
+            for key, value in settings.items()
         }
-        columns = {key: torch.full((num_rows,), settings[key], dtype=dtype, device="cuda") for key, dtype in dtypes.items()}
         seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), device="cuda")
         order = torch.arange(num_rows, device="cuda")
-        inputs = SamplingInputs(**columns, seed=seeds, sequence_index=order % 3, position=order * 7)
+        inputs = SamplingInputs(rows=order, **columns, seed=seeds, sequence_index=order % 3, position=order * 7)
         # Scores closer than rounding may fall either way: a draw in thousands, not one in a hundred.
         actual, expected = sample(sets[0], inputs, purpose=0), sample_reference(sets[0], inputs, purpose=0)
         different = float((actual != expected).sum())
