@@ -15,9 +15,13 @@ from quire.kernels.philox import philox, philox_reference, words_of
 _ROW_COUNTERS: Final = 16
 # Tokens of one turn of the loops, and the fewest that are worth a program of their own.
 _DRAW_TILE: Final = 1024
-_JUDGE_TILE: Final = 4096
 _MIN_TOKENS_PER_PROGRAM: Final = 8192
-# How many thresholds one reading of a row counts for, and how many readings halve distances before they halve bit patterns.
+# The first launch keeps the largest logit and the best score of groups of tokens, no smaller than a cache line of float32. All
+# groups of a row stay in the registers of the second launch, beside a turn's tokens; twice as many of either spill (sm_90).
+_MIN_GROUP: Final = 32
+_MAX_GROUPS: Final = 4096
+_TURN_TOKENS: Final = 2048
+# How many thresholds one reading counts for, and how many readings halve distances before they halve bit patterns.
 _NUM_PIVOTS: Final = 4
 _NUM_VALUE_READINGS: Final = 5
 
@@ -191,33 +195,42 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
     """Gumbel-max over all tokens first; the filters then only judge the winner, and the next best one if they refuse it.
 
     What the filters keep is closed upwards: if a token is refused, so is every less likely one. So the draw goes on among the
-    tokens above it, and the first winner that is kept is the winner among the kept. Each judgement reads the row once; a
-    nucleus of 0.9 takes the first winner nine times in ten. The threshold of top-k is searched for only where top-p needs the
-    probabilities under it.
+    tokens above it, and the first winner that is kept is the winner among the kept.
+
+    The first launch reads the row and keeps the largest logit and the best score of each group of tokens. The second reads the
+    groups alone that these cannot rule out: the k-th largest of the largest bounds the k-th largest logit from below, tokens above
+    a winner are in groups whose largest reaches it, and what wins after it is in the groups with the best scores, but where a
+    refused token has one of those.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, logits.stride()
-    assert vocab_size < 255 * _JUDGE_TILE, vocab_size
+    assert vocab_size < 255 * _TURN_TOKENS, vocab_size
     wanted = max(1, 4 * num_multiprocessors(logits.device) // max(1, num_rows))
     num_programs = triton.next_power_of_2(min(wanted, triton.cdiv(vocab_size, _MIN_TOKENS_PER_PROGRAM)))
     program_tokens = triton.cdiv(triton.cdiv(vocab_size, num_programs), _DRAW_TILE) * _DRAW_TILE
-    best_scores = torch.empty((3, num_rows, num_programs), dtype=torch.float32, device=logits.device)
+    group_tokens = max(_MIN_GROUP, triton.next_power_of_2(triton.cdiv(vocab_size, _MAX_GROUPS)))
+    num_groups = triton.cdiv(vocab_size, group_tokens)
+    best_scores = torch.empty((4, num_rows, num_programs), dtype=torch.float32, device=logits.device)
     best_ids = torch.empty((num_rows, num_programs), dtype=torch.int32, device=logits.device)
+    of_groups = torch.empty((2, num_rows, num_groups), dtype=torch.float32, device=logits.device)
+    listed = torch.empty((num_rows, num_groups), dtype=torch.int32, device=logits.device)
+    settings = (inputs.rows, inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
+    key = (inputs.seed, inputs.sequence_index, inputs.position)
     _draw_kernel[(num_programs, num_rows)](
         best_scores,
         best_ids,
+        of_groups,
         logits,
-        inputs.rows,
-        inputs.temperature,
-        inputs.seed,
-        inputs.sequence_index,
-        inputs.position,
+        *settings,
+        *key,
         num_rows,
         vocab_size,
+        num_groups,
         logits.stride(0),
         program_tokens,
         purpose,
         TILE=_DRAW_TILE,
+        GROUP=group_tokens,
         num_warps=4,
     )
     _judge_kernel[(num_rows,)](
@@ -225,21 +238,20 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
         broken,
         best_scores,
         best_ids,
+        of_groups,
+        listed,
         logits,
-        inputs.rows,
-        inputs.temperature,
-        inputs.top_k,
-        inputs.top_p,
-        inputs.min_p,
-        inputs.seed,
-        inputs.sequence_index,
-        inputs.position,
+        *settings,
+        *key,
         num_rows,
         vocab_size,
+        num_groups,
         logits.stride(0),
         purpose,
         PROGRAMS=num_programs,
-        TILE=_JUDGE_TILE,
+        GROUP=group_tokens,
+        GROUPS=triton.next_power_of_2(num_groups),
+        GROUPS_OF_TURN=_TURN_TOKENS // group_tokens,
         NUM_PIVOTS=_NUM_PIVOTS,
         NUM_VALUE_READINGS=_NUM_VALUE_READINGS,
         num_warps=16,  # of one program a row: bound by its instructions, it wants all schedulers busy
@@ -248,62 +260,9 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _draw_kernel(
-    best_scores: tl.tensor,  # [3, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf
+    best_scores: tl.tensor,  # [4, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf, mass
     best_ids: tl.tensor,  # [num_rows, num_programs]
-    logits: tl.tensor,  # [num_rows, vocab_size]
-    rows: tl.tensor,  # [num_rows]
-    temperature: tl.tensor,  # [max_rows] float64
-    seed: tl.tensor,  # [max_rows]
-    sequence_index: tl.tensor,  # [max_rows]
-    position: tl.tensor,  # [max_rows]
-    num_rows: int,
-    vocab_size: int,
-    logits_stride: int,
-    program_tokens: int,
-    purpose: int,
-    TILE: tl.constexpr,
-) -> None:
-    """The best token of a part of each row, unfiltered."""
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.load(rows + row)
-    if at < 0:
-        return
-    heat = tl.load(temperature + at).to(tl.float32)
-    row_seed = tl.load(seed + at)
-    row_position = tl.load(position + at)
-    row_index = tl.load(sequence_index + at)
-    begin = tl.program_id(0) * program_tokens
-    end = tl.minimum(begin + program_tokens, vocab_size)
-    best = tl.full([TILE], float("-inf"), tl.float32)
-    best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
-    largest = tl.full([TILE], float("-inf"), tl.float32)
-    smallest = tl.full([TILE], float("inf"), tl.float32)
-    for first in range(begin, end, TILE):
-        token = first + tl.arange(0, TILE)
-        logit = tl.load(logits + row * logits_stride + token, mask=token < end, other=float("-inf")).to(tl.float32)
-        largest = tl.maximum(largest, tl.where(logit == logit, logit, float("inf")))
-        logit = tl.where(logit == logit, logit, float("-inf"))
-        smallest = tl.minimum(smallest, tl.where(logit == float("-inf"), float("inf"), logit))
-        score = logit
-        if heat > 0.0:
-            score = logit + heat * _noise(first, row_seed, row_position, row_index, purpose, TILE)
-        is_better = score > best
-        best = tl.where(is_better, score, best)
-        best_id = tl.where(is_better, token, best_id)
-    place = row * tl.num_programs(0) + tl.program_id(0)
-    score = tl.max(best, 0)
-    tl.store(best_scores + place, score)
-    tl.store(best_ids + place, tl.min(tl.where(best == score, best_id, 0x7FFFFFFF), 0))
-    tl.store(best_scores + num_rows * tl.num_programs(0) + place, tl.max(largest, 0))
-    tl.store(best_scores + 2 * num_rows * tl.num_programs(0) + place, tl.min(smallest, 0))
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _judge_kernel(
-    token_ids: tl.tensor,  # [num_rows]
-    broken: tl.tensor,  # None, or [num_rows]
-    best_scores: tl.tensor,  # [3, num_rows, PROGRAMS]
-    best_ids: tl.tensor,  # [num_rows, PROGRAMS]
+    of_groups: tl.tensor,  # [2, num_rows, num_groups]: largest logit, best score; of rows with filters
     logits: tl.tensor,  # [num_rows, vocab_size]
     rows: tl.tensor,  # [num_rows]
     temperature: tl.tensor,  # [max_rows] float64
@@ -315,10 +274,97 @@ def _judge_kernel(
     position: tl.tensor,  # [max_rows]
     num_rows: int,
     vocab_size: int,
+    num_groups: int,
+    logits_stride: int,
+    program_tokens: int,
+    purpose: int,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """The best token of a part of each row, unfiltered, and what the filters need to know of the part.
+
+    The mass is the sum of exp((logit - largest) / temperature), `largest` being the part's; of rows with top-p and without top-k.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.load(rows + row)
+    if at < 0:
+        return
+    heat = tl.load(temperature + at).to(tl.float32)
+    has_top_k = tl.load(top_k + at) > 0
+    has_top_p = tl.load(top_p + at) < 1.0
+    has_filters = (heat > 0.0) & (has_top_k | has_top_p | (tl.load(min_p + at) > 0.0))
+    needs_mass = (heat > 0.0) & has_top_p
+    row_seed = tl.load(seed + at)
+    row_position = tl.load(position + at)
+    row_index = tl.load(sequence_index + at)
+    begin = tl.program_id(0) * program_tokens
+    end = tl.minimum(begin + program_tokens, vocab_size)
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
+    largest = tl.full([TILE], float("-inf"), tl.float32)
+    smallest = tl.full([TILE], float("inf"), tl.float32)
+    peak = tl.full([TILE], -3.0e38, tl.float32)  # finite, so that a difference to -inf is not NaN
+    mass = tl.zeros([TILE], tl.float32)
+    for first in range(begin, end, TILE):
+        token = first + tl.arange(0, TILE)
+        logit = tl.load(logits + row * logits_stride + token, mask=token < end, other=float("-inf")).to(tl.float32)
+        largest = tl.maximum(largest, tl.where(logit == logit, logit, float("inf")))
+        logit = tl.where(logit == logit, logit, float("-inf"))
+        smallest = tl.minimum(smallest, tl.where(logit == float("-inf"), float("inf"), logit))
+        score = logit
+        if heat > 0.0:
+            counter = first // 4 + tl.arange(0, TILE // 4)
+            score = logit + heat * _noise(counter, row_seed, row_position, row_index, purpose)
+        is_better = score > best
+        best = tl.where(is_better, score, best)
+        best_id = tl.where(is_better, token, best_id)
+        if has_filters:
+            group = first // GROUP + tl.arange(0, TILE // GROUP)
+            place = of_groups + row * num_groups + group
+            tl.store(place, tl.max(tl.reshape(logit, [TILE // GROUP, GROUP]), 1), mask=group < num_groups)
+            place += num_rows.to(tl.int64) * num_groups
+            tl.store(place, tl.max(tl.reshape(score, [TILE // GROUP, GROUP]), 1), mask=group < num_groups)
+        if needs_mass:
+            change = tl.exp(-tl.abs(logit - peak) / heat)
+            mass = tl.where(logit > peak, mass * change + 1.0, mass + change)
+            peak = tl.maximum(logit, peak)
+    place = row * tl.num_programs(0) + tl.program_id(0)
+    score = tl.max(best, 0)
+    tl.store(best_scores + place, score)
+    tl.store(best_ids + place, tl.min(tl.where(best == score, best_id, 0x7FFFFFFF), 0))
+    tl.store(best_scores + num_rows * tl.num_programs(0) + place, tl.max(largest, 0))
+    tl.store(best_scores + 2 * num_rows * tl.num_programs(0) + place, tl.min(smallest, 0))
+    if needs_mass:
+        mass_of_part = tl.sum(mass * tl.exp((peak - tl.max(peak, 0)) / heat), 0)
+        tl.store(best_scores + 3 * num_rows * tl.num_programs(0) + place, mass_of_part)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _judge_kernel(
+    token_ids: tl.tensor,  # [num_rows]
+    broken: tl.tensor,  # None, or [num_rows]
+    best_scores: tl.tensor,  # [4, num_rows, PROGRAMS]
+    best_ids: tl.tensor,  # [num_rows, PROGRAMS]
+    of_groups: tl.tensor,  # [2, num_rows, num_groups]
+    listed: tl.tensor,  # [num_rows, num_groups], scratch
+    logits: tl.tensor,  # [num_rows, vocab_size]
+    rows: tl.tensor,  # [num_rows]
+    temperature: tl.tensor,  # [max_rows] float64
+    top_k: tl.tensor,  # [max_rows]
+    top_p: tl.tensor,  # [max_rows] float64
+    min_p: tl.tensor,  # [max_rows] float64
+    seed: tl.tensor,  # [max_rows]
+    sequence_index: tl.tensor,  # [max_rows]
+    position: tl.tensor,  # [max_rows]
+    num_rows: int,
+    vocab_size: int,
+    num_groups: int,
     logits_stride: int,
     purpose: int,
     PROGRAMS: tl.constexpr,
-    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_OF_TURN: tl.constexpr,
     NUM_PIVOTS: tl.constexpr,
     NUM_VALUE_READINGS: tl.constexpr,
 ) -> None:
@@ -338,91 +384,162 @@ def _judge_kernel(
     most = tl.load(top_k + at)
     mass = tl.load(top_p + at)
     least = tl.load(min_p + at).to(tl.float32)
-    largest = tl.max(tl.load(best_scores + num_rows * PROGRAMS + place), 0)
+    peaks_of_programs = tl.load(best_scores + num_rows * PROGRAMS + place)
+    largest = tl.max(peaks_of_programs, 0)
     is_broken = (largest == float("inf")) | (largest == float("-inf"))
     token_id = tl.where(is_broken, 0, token_id)
     if broken is not None:
         tl.store(broken + row, is_broken)
     if (not is_broken) & (heat > 0.0) & ((most > 0) | (mass < 1.0) | (least > 0.0)):
         row_logits = logits + row * logits_stride
-        smallest = tl.min(tl.load(best_scores + 2 * num_rows * PROGRAMS + place), 0)
+        row_listed = listed + row * num_groups
+        group = tl.arange(0, GROUPS)
+        peaks = tl.load(of_groups + row * num_groups + group, mask=group < num_groups, other=float("-inf"))
         tail = (1.0 - mass).to(tl.float32)
-        least = tl.maximum(least, 0.0)
-        # Keys below the floor are known to be refused. At first nothing is.
-        floor = tl.full([], -0x80000000, tl.int32)
-        if (most > 0) & (mass < 1.0):
-            floor = _kth_largest(row_logits, vocab_size, most, smallest, largest, TILE, NUM_PIVOTS, NUM_VALUE_READINGS)
+        least = tl.minimum(tl.maximum(least, 0.0), 1.0)
+        has_top_k = (most > 0) & (most < vocab_size)
+        num_listed = tl.full([], 0, tl.int32)
+        total = tl.full([], 0.0, tl.float32)
+        floor = tl.full([], -0x80000000, tl.int32)  # keys below it are refused by top-k
+        if has_top_k:
+            k = most.to(tl.int32)
+            is_finite = peaks > float("-inf")
+            bound = _bound_of_kth_largest(_key(peaks), is_finite, k)
+            num_listed = _list_groups(row_listed, group, is_finite & (_key(peaks) >= bound))
+            smallest = tl.min(tl.load(best_scores + 2 * num_rows * PROGRAMS + place), 0)
+            bound = tl.where(tl.sum(is_finite.to(tl.int32), 0) >= k, bound, _key(smallest))
+            floor = _kth_largest(
+                row_logits, row_listed, num_listed, vocab_size, k, bound, largest, GROUP, GROUPS_OF_TURN, NUM_PIVOTS, NUM_VALUE_READINGS
+            )
+        elif mass < 1.0:
+            masses = tl.load(best_scores + 3 * num_rows * PROGRAMS + place)
+            total = tl.sum(tl.where(peaks_of_programs > float("-inf"), masses * tl.exp((peaks_of_programs - largest) / heat), 0.0), 0)
         is_kept = False
         while not is_kept:
             chosen = _logits(row_logits, token_id, vocab_size)
-            # Two counters in each number, so that a tile stays in registers: larger logits in the upper half, and in the
-            # lower one all tokens after the chosen one in ascending, stable order.
-            counters = tl.zeros([TILE], tl.int32)
-            total = tl.zeros([TILE], tl.float32)
-            up_to_chosen = tl.zeros([TILE], tl.float32)
-            for first in range(0, vocab_size, TILE):
-                token = first + tl.arange(0, TILE)
-                logit = _logits(row_logits, token, vocab_size)
-                is_larger = logit > chosen
-                is_above = is_larger | ((logit == chosen) & (token > token_id) & (token < vocab_size))
-                weight = tl.where(_key(logit) >= floor, tl.exp((logit - largest) / heat), 0.0)
-                counters += is_larger.to(tl.int32) * 65536 + is_above.to(tl.int32)
-                total += weight
-                up_to_chosen += tl.where(is_above, 0.0, weight)
-            is_last = tl.max(counters, 0) == 0
-            is_in_top_k = (most <= 0) | (tl.sum(counters // 65536, 0) < most)
-            is_in_top_p = (mass >= 1.0) | (tl.sum(up_to_chosen, 0) > tail * tl.sum(total, 0))
-            is_in_min_p = tl.exp((chosen - largest) / heat) >= least
-            is_kept = is_last | (is_in_top_k & is_in_top_p & is_in_min_p)
-            if not is_kept:
-                best = tl.full([TILE], float("-inf"), tl.float32)
-                best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
-                for first in range(0, vocab_size, TILE):
-                    token = first + tl.arange(0, TILE)
+            is_kept = (_key(chosen) >= floor) & (tl.exp((chosen - largest) / heat) >= least)
+            if is_kept & (mass < 1.0):
+                if not has_top_k:
+                    num_listed = _list_groups(row_listed, group, peaks >= chosen)
+                num_above = tl.zeros([GROUPS_OF_TURN, GROUP], tl.int32)
+                whole = tl.zeros([GROUPS_OF_TURN, GROUP], tl.float32)
+                part = tl.zeros([GROUPS_OF_TURN, GROUP], tl.float32)  # the mass above the chosen token; with top-k, the rest of it
+                for turn in range(0, num_listed, GROUPS_OF_TURN):
+                    token = _listed_tokens(row_listed, turn, num_listed, GROUP, GROUPS_OF_TURN)
                     logit = _logits(row_logits, token, vocab_size)
-                    is_open = (logit > chosen) | ((logit == chosen) & (token > token_id))
-                    is_open = is_open & (_key(logit) >= floor) & (tl.exp((logit - largest) / heat) >= least)
-                    if tl.max(is_open.to(tl.int32), 0) > 0:  # noise is what costs, and few tokens are still open
-                        noise = _noise(first, tl.load(seed + at), tl.load(position + at), tl.load(sequence_index + at), purpose, TILE)
-                        noisy = tl.where(is_open, logit + heat * noise, float("-inf"))
+                    is_above = (logit > chosen) | ((logit == chosen) & (token > token_id))
+                    weight = tl.where(_key(logit) >= floor, tl.exp((logit - largest) / heat), 0.0)
+                    num_above += is_above.to(tl.int32)
+                    whole += weight
+                    part += tl.where(is_above == has_top_k, 0.0, weight)
+                total = tl.where(has_top_k, _sum(whole), total)
+                up_to_chosen = tl.where(has_top_k, _sum(part), total - _sum(part))
+                is_kept = (_sum(num_above) == 0) | (up_to_chosen > tail * total)
+            if not is_kept:
+                is_open = (peaks >= chosen) & (tl.exp((peaks - largest) / heat) >= least)
+                scores_at = of_groups + (num_rows.to(tl.int64) + row) * num_groups + group
+                bounds = tl.load(scores_at, mask=is_open, other=float("-inf"))
+                is_tried = is_open & (_key(bounds) >= _bound_of_kth_largest(_key(bounds), is_open, GROUPS_OF_TURN // 2))
+                untried = tl.max(tl.where(is_tried, float("-inf"), bounds), 0)
+                if not has_top_k:
+                    num_listed = _list_groups(row_listed, group, is_tried)
+                is_drawn = False
+                refused, refused_id = chosen, token_id
+                while not is_drawn:
+                    best = tl.full([GROUPS_OF_TURN, GROUP], float("-inf"), tl.float32)
+                    best_id = tl.full([GROUPS_OF_TURN, GROUP], 0x7FFFFFFF, tl.int32)
+                    for turn in range(0, num_listed, GROUPS_OF_TURN):
+                        token = _listed_tokens(row_listed, turn, num_listed, GROUP, GROUPS_OF_TURN)
+                        logit = _logits(row_logits, token, vocab_size)
+                        is_open_token = (logit > refused) | ((logit == refused) & (token > refused_id))
+                        is_open_token = is_open_token & (_key(logit) >= floor) & (tl.exp((logit - largest) / heat) >= least)
+                        counter = _listed_tokens(row_listed, turn, num_listed, GROUP // 4, GROUPS_OF_TURN)
+                        noise = _noise(counter, tl.load(seed + at), tl.load(position + at), tl.load(sequence_index + at), purpose)
+                        noisy = tl.where(is_open_token, logit + heat * noise, float("-inf"))
                         is_better = noisy > best
                         best = tl.where(is_better, noisy, best)
                         best_id = tl.where(is_better, token, best_id)
-                token_id = tl.min(tl.where(best == tl.max(best, 0), best_id, 0x7FFFFFFF), 0)
+                    score = tl.max(tl.max(best, 1), 0)
+                    token_id = tl.min(tl.min(tl.where(best == score, best_id, 0x7FFFFFFF), 1), 0)
+                    is_drawn = has_top_k | (score >= untried)
+                    if not is_drawn:  # refused tokens have the best scores of the groups tried: take all that are open
+                        num_listed = _list_groups(row_listed, group, is_open)
+                        untried = tl.full([], float("-inf"), tl.float32)
     tl.store(token_ids + row, token_id.to(tl.int64))
+
+
+@triton.jit
+def _bound_of_kth_largest(keys: tl.tensor, is_counted: tl.tensor, k: int) -> tl.tensor:
+    """A key with at least k of the counted keys at or above it, and not many more unless they are equal; the least if k have no bound."""
+    low = tl.min(tl.where(is_counted, keys, 0x7FFFFFFF), 0).to(tl.int64)
+    high = tl.max(tl.where(is_counted, keys, -0x80000000), 0).to(tl.int64) + 1
+    num_at_low = tl.sum(is_counted.to(tl.int32), 0)
+    while (high - low > 1) & (num_at_low > k + k // 4 + 16):
+        middle = low + (high - low) // 2
+        count = tl.sum((is_counted & (keys >= middle)).to(tl.int32), 0)
+        num_at_low = tl.where(count >= k, count, num_at_low)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count >= k, high, middle)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _list_groups(listed: tl.tensor, group: tl.tensor, is_listed: tl.tensor) -> tl.tensor:
+    """Write the groups that are listed, in order; how many they are."""
+    ones = is_listed.to(tl.int32)
+    tl.debug_barrier()  # threads may still read the list before
+    tl.store(listed + tl.cumsum(ones, 0) - 1, group, mask=is_listed)
+    tl.debug_barrier()
+    return tl.sum(ones, 0)
+
+
+@triton.jit
+def _listed_tokens(listed: tl.tensor, turn: int, num_listed: int, GROUP: tl.constexpr, GROUPS_OF_TURN: tl.constexpr) -> tl.tensor:
+    """The tokens of the groups of one turn: [GROUPS_OF_TURN, GROUP]; behind the last group, tokens that no vocabulary has."""
+    index = turn + tl.arange(0, GROUPS_OF_TURN)
+    group = tl.load(listed + index, mask=index < num_listed, other=0x1FFFFFF)
+    return group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+
+
+@triton.jit
+def _sum(tile: tl.tensor) -> tl.tensor:
+    return tl.sum(tl.sum(tile, 1), 0)
 
 
 @triton.jit
 def _kth_largest(
     logits: tl.tensor,  # [vocab_size]
+    listed: tl.tensor,  # [num_listed] groups, which hold every logit at or above `bound`
+    num_listed: int,
     vocab_size: int,
     k: int,
-    smallest: float,
+    bound: tl.tensor,
     largest: float,
-    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS_OF_TURN: tl.constexpr,
     NUM_PIVOTS: tl.constexpr,
     NUM_VALUE_READINGS: tl.constexpr,
 ) -> tl.tensor:
     """A key with exactly k keys at or above it, or, where that splits equal logits, the k-th largest key.
 
-    Each reading of the row counts for NUM_PIVOTS keys and leaves a fifth of an interval: of logits first, which soon separates
-    what is spread as logits are; then of keys, which ends after 14 readings whatever the logits are.
+    Each reading counts for NUM_PIVOTS keys and leaves a fifth of an interval: of logits first, which soon separates what is
+    spread as logits are; then of keys, which ends after 14 readings whatever the logits are.
     """
-    low = _key(smallest).to(tl.int64)  # at least k keys are >= low, if there are so many finite ones
+    low = bound.to(tl.int64)  # at least k keys are >= low, if there are so many finite ones
     high = _key(largest).to(tl.int64) + 1  # fewer than k keys are >= high
     num_at_low = tl.full([], 0x7FFFFFFF, tl.int32)
     num_readings = 0
     while (high - low > 1) & (num_at_low != k):
         is_by_value = num_readings < NUM_VALUE_READINGS
-        counters = tl.zeros([TILE], tl.int32)  # a byte for each pivot: no lane sees 256 tokens of a row
-        for first in range(0, vocab_size, TILE):
-            key = _key(_logits(logits, first + tl.arange(0, TILE), vocab_size))
+        counters = tl.zeros([GROUPS_OF_TURN, GROUP], tl.int32)  # a byte for each pivot: no lane sees 256 tokens of a row
+        for turn in range(0, num_listed, GROUPS_OF_TURN):
+            key = _key(_logits(logits, _listed_tokens(listed, turn, num_listed, GROUP, GROUPS_OF_TURN), vocab_size))
             for index in tl.static_range(NUM_PIVOTS):
                 is_above = key >= _pivot(low, high, index, is_by_value, NUM_PIVOTS)
                 counters += is_above.to(tl.int32) << (8 * index)
         old_low, old_high = low, high
         for index in tl.static_range(NUM_PIVOTS):
-            count = tl.sum((counters >> (8 * index)) & 0xFF, 0)
+            count = _sum((counters >> (8 * index)) & 0xFF)
             pivot = _pivot(old_low, old_high, index, is_by_value, NUM_PIVOTS).to(tl.int64)
             num_at_low = tl.where((count >= k) & (pivot >= low), count, num_at_low)
             low = tl.where(count >= k, tl.maximum(pivot, low), low)
@@ -461,11 +578,8 @@ def _value(key: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _noise(
-    first_token: int, seed: tl.tensor, position: tl.tensor, sequence_index: tl.tensor, purpose: int, TILE: tl.constexpr
-) -> tl.tensor:
-    """Gumbel noise of TILE tokens from `first_token`, a multiple of 4, on: see gumbel_noise()."""
-    counter = first_token // 4 + tl.arange(0, TILE // 4)
+def _noise(counter: tl.tensor, seed: tl.tensor, position: tl.tensor, sequence_index: tl.tensor, purpose: int) -> tl.tensor:
+    """Gumbel noise of the four tokens from 4 * counter on, for each counter, along the last dim: see gumbel_noise()."""
     zeros = counter * 0
     words = tl.philox(
         seed,

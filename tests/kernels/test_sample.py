@@ -197,6 +197,20 @@ def test_drawing_without_a_sort_takes_the_token_that_the_sort_takes(vocab_size: 
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.3}, {"min_p": 0.9}, {"top_k": 90}, {"top_k": 1500}, {"top_p": 0.5, "min_p": 0.8}, {"top_k": 1500, "top_p": 0.2}],
+    ids=str,
+)
+def test_flat_rows_whose_groups_rule_out_little_draw_as_the_sort_does(options: dict[str, float]) -> None:
+    inputs = on_kernel_device(inputs_of([{**options, "seed": index, "position": index} for index in range(12)]))
+    logits = (logits_of(12, 5001) * 0.05).to(kernel_device())
+    logits[0] = 1.0
+    logits[1, 7:] = -math.inf  # fewer tokens than a group has
+    assert sample(logits, inputs, purpose=0).tolist() == sample_reference(logits, inputs, purpose=0).tolist()
+
+
+@pytest.mark.kernel
 def test_ties_are_kept_and_dropped_as_the_sort_does() -> None:
     rows = [{**options, "seed": index} for index, options in enumerate(list(FILTERS.values()) * 2)]
     inputs = on_kernel_device(inputs_of(rows))

@@ -37,7 +37,8 @@ class SmallOps:
         for num_rows in (1, 32, 256):
             self.prepare_inputs(num_rows)
             for name, options in SAMPLERS.items():
-                self.sample(num_rows, name, options)
+                for dtype in (torch.float32, torch.bfloat16):
+                    self.sample(num_rows, name, options, dtype)
         return self.rows
 
     def rotary_store(self, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, *, with_norm: bool) -> None:
@@ -117,9 +118,9 @@ class SmallOps:
         none = torch.full((num_rows,), -1, device="cuda")  # lengths must not pass the end over many replays
         self._add("append_tokens", num_rows, 0.0, 1e-9, 0, lambda _: append_tokens(tokens, lengths, none, step.token_ids))
 
-    def sample(self, num_rows: int, name: str, options: dict[str, float]) -> None:
+    def sample(self, num_rows: int, name: str, options: dict[str, float], dtype: torch.dtype) -> None:
         vocab_size = 128256
-        sets = [torch.randn(num_rows, vocab_size, device="cuda") * 3 for _ in range(2)]
+        sets = [(torch.randn(num_rows, vocab_size, device="cuda") * 3).to(dtype) for _ in range(2)]
         settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, **options}
         columns = {
             key: torch.full((num_rows,), value, dtype=torch.float64 if isinstance(value, float) else torch.int64, device="cuda")
@@ -132,7 +133,7 @@ class SmallOps:
         actual, expected = sample(sets[0], inputs, purpose=0), sample_reference(sets[0], inputs, purpose=0)
         different = float((actual != expected).sum())
         self._add(
-            f"sample {name}", num_rows, different, 1.5 if num_rows > 100 else 0.5, sets[0].nbytes,
+            f"sample {name}{'' if dtype == torch.float32 else ' bf16'}", num_rows, different, 1.5 if num_rows > 100 else 0.5, sets[0].nbytes,
             lambda index: sample(sets[index % 2], inputs, purpose=0),
         )  # fmt: skip
 
