@@ -21,6 +21,8 @@ _MIN_TOKENS_PER_PROGRAM: Final = 8192
 _MIN_GROUP: Final = 32
 _MAX_GROUPS: Final = 4096
 _TURN_TOKENS: Final = 2048
+# Rows of a top-k up to this draw noise for their k tokens alone, in the second launch; noise is what costs.
+_MAX_LATE_TOP_K: Final = 1024
 # How many thresholds one reading counts for, and how many readings halve distances before they halve bit patterns.
 _NUM_PIVOTS: Final = 4
 _NUM_VALUE_READINGS: Final = 5
@@ -200,7 +202,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
     The first launch reads the row and keeps the largest logit and the best score of each group of tokens. The second reads the
     groups alone that these cannot rule out: the k-th largest of the largest bounds the k-th largest logit from below, tokens above
     a winner are in groups whose largest reaches it, and what wins after it is in the groups with the best scores, but where a
-    refused token has one of those.
+    refused token has one of those. Rows of a small top-k draw for the first time in the second launch.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, logits.stride()
@@ -231,6 +233,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
         purpose,
         TILE=_DRAW_TILE,
         GROUP=group_tokens,
+        MAX_LATE_TOP_K=_MAX_LATE_TOP_K,
         num_warps=4,
     )
     _judge_kernel[(num_rows,)](
@@ -254,6 +257,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
         GROUPS_OF_TURN=_TURN_TOKENS // group_tokens,
         NUM_PIVOTS=_NUM_PIVOTS,
         NUM_VALUE_READINGS=_NUM_VALUE_READINGS,
+        MAX_LATE_TOP_K=_MAX_LATE_TOP_K,
         num_warps=16,  # of one program a row: bound by its instructions, it wants all schedulers busy
     )
 
@@ -262,7 +266,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
 def _draw_kernel(
     best_scores: tl.tensor,  # [4, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf, mass
     best_ids: tl.tensor,  # [num_rows, num_programs]
-    of_groups: tl.tensor,  # [2, num_rows, num_groups]: largest logit, best score; of rows with filters
+    of_groups: tl.tensor,  # [2, num_rows, num_groups]: largest logit, best score; of rows that filter
     logits: tl.tensor,  # [num_rows, vocab_size]
     rows: tl.tensor,  # [num_rows]
     temperature: tl.tensor,  # [max_rows] float64
@@ -280,6 +284,7 @@ def _draw_kernel(
     purpose: int,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
+    MAX_LATE_TOP_K: tl.constexpr,
 ) -> None:
     """The best token of a part of each row, unfiltered, and what the filters need to know of the part.
 
@@ -290,10 +295,12 @@ def _draw_kernel(
     if at < 0:
         return
     heat = tl.load(temperature + at).to(tl.float32)
-    has_top_k = tl.load(top_k + at) > 0
+    most = tl.load(top_k + at)
+    has_top_k = (most > 0) & (most < vocab_size)
+    draws_here = (heat > 0.0) & ((not has_top_k) | (most > MAX_LATE_TOP_K))
     has_top_p = tl.load(top_p + at) < 1.0
     has_filters = (heat > 0.0) & (has_top_k | has_top_p | (tl.load(min_p + at) > 0.0))
-    needs_mass = (heat > 0.0) & has_top_p
+    needs_mass = (heat > 0.0) & has_top_p & (not has_top_k)
     row_seed = tl.load(seed + at)
     row_position = tl.load(position + at)
     row_index = tl.load(sequence_index + at)
@@ -312,7 +319,7 @@ def _draw_kernel(
         logit = tl.where(logit == logit, logit, float("-inf"))
         smallest = tl.minimum(smallest, tl.where(logit == float("-inf"), float("inf"), logit))
         score = logit
-        if heat > 0.0:
+        if draws_here:
             counter = first // 4 + tl.arange(0, TILE // 4)
             score = logit + heat * _noise(counter, row_seed, row_position, row_index, purpose)
         is_better = score > best
@@ -323,7 +330,8 @@ def _draw_kernel(
             place = of_groups + row * num_groups + group
             tl.store(place, tl.max(tl.reshape(logit, [TILE // GROUP, GROUP]), 1), mask=group < num_groups)
             place += num_rows.to(tl.int64) * num_groups
-            tl.store(place, tl.max(tl.reshape(score, [TILE // GROUP, GROUP]), 1), mask=group < num_groups)
+            if not has_top_k:
+                tl.store(place, tl.max(tl.reshape(score, [TILE // GROUP, GROUP]), 1), mask=group < num_groups)
         if needs_mass:
             change = tl.exp(-tl.abs(logit - peak) / heat)
             mass = tl.where(logit > peak, mass * change + 1.0, mass + change)
@@ -367,6 +375,7 @@ def _judge_kernel(
     GROUPS_OF_TURN: tl.constexpr,
     NUM_PIVOTS: tl.constexpr,
     NUM_VALUE_READINGS: tl.constexpr,
+    MAX_LATE_TOP_K: tl.constexpr,
 ) -> None:
     """The best token of each row that the row's filters keep."""
     row = tl.program_id(0).to(tl.int64)
@@ -415,8 +424,10 @@ def _judge_kernel(
             masses = tl.load(best_scores + 3 * num_rows * PROGRAMS + place)
             total = tl.sum(tl.where(peaks_of_programs > float("-inf"), masses * tl.exp((peaks_of_programs - largest) / heat), 0.0), 0)
         is_kept = False
+        is_undrawn = has_top_k & (most <= MAX_LATE_TOP_K)
         while not is_kept:
-            chosen = _logits(row_logits, token_id, vocab_size)
+            chosen = tl.where(is_undrawn, float("-inf"), _logits(row_logits, token_id, vocab_size))
+            is_undrawn = False
             is_kept = (_key(chosen) >= floor) & (tl.exp((chosen - largest) / heat) >= least)
             if is_kept & (mass < 1.0):
                 if not has_top_k:
@@ -437,11 +448,12 @@ def _judge_kernel(
                 is_kept = (_sum(num_above) == 0) | (up_to_chosen > tail * total)
             if not is_kept:
                 is_open = (peaks >= chosen) & (tl.exp((peaks - largest) / heat) >= least)
-                scores_at = of_groups + (num_rows.to(tl.int64) + row) * num_groups + group
-                bounds = tl.load(scores_at, mask=is_open, other=float("-inf"))
-                is_tried = is_open & (_key(bounds) >= _bound_of_kth_largest(_key(bounds), is_open, GROUPS_OF_TURN // 2))
-                untried = tl.max(tl.where(is_tried, float("-inf"), bounds), 0)
+                untried = tl.full([], float("-inf"), tl.float32)
                 if not has_top_k:
+                    scores_at = of_groups + (num_rows.to(tl.int64) + row) * num_groups + group
+                    bounds = tl.load(scores_at, mask=is_open, other=float("-inf"))
+                    is_tried = is_open & (_key(bounds) >= _bound_of_kth_largest(_key(bounds), is_open, GROUPS_OF_TURN // 2))
+                    untried = tl.max(tl.where(is_tried, float("-inf"), bounds), 0)
                     num_listed = _list_groups(row_listed, group, is_tried)
                 is_drawn = False
                 refused, refused_id = chosen, token_id

@@ -132,8 +132,9 @@ class SmallOps:
         # Scores closer than rounding may fall either way: a draw in thousands, not one in a hundred.
         actual, expected = sample(sets[0], inputs, purpose=0), sample_reference(sets[0], inputs, purpose=0)
         different = float((actual != expected).sum())
+        label = f"sample {name}{'' if dtype == torch.float32 else ' bf16'}"
         self._add(
-            f"sample {name}{'' if dtype == torch.float32 else ' bf16'}", num_rows, different, 1.5 if num_rows > 100 else 0.5, sets[0].nbytes,
+            label, num_rows, different, 1.5 if num_rows > 100 else 0.5, sets[0].nbytes,
             lambda index: sample(sets[index % 2], inputs, purpose=0),
         )  # fmt: skip
 
