@@ -266,7 +266,7 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
 def _draw_kernel(
     best_scores: tl.tensor,  # [4, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf, mass
     best_ids: tl.tensor,  # [num_rows, num_programs]
-    of_groups: tl.tensor,  # [2, num_rows, num_groups]: largest logit, best score; of rows that filter
+    of_groups: tl.tensor,  # [2, num_rows, num_groups]: largest logit, of rows with filters; best score, of those without top-k
     logits: tl.tensor,  # [num_rows, vocab_size]
     rows: tl.tensor,  # [num_rows]
     temperature: tl.tensor,  # [max_rows] float64
@@ -329,8 +329,8 @@ def _draw_kernel(
             group = first // GROUP + tl.arange(0, TILE // GROUP)
             place = of_groups + row * num_groups + group
             tl.store(place, tl.max(tl.reshape(logit, [TILE // GROUP, GROUP]), 1), mask=group < num_groups)
-            place += num_rows.to(tl.int64) * num_groups
             if not has_top_k:
+                place = of_groups + (row + num_rows) * num_groups + group
                 tl.store(place, tl.max(tl.reshape(score, [TILE // GROUP, GROUP]), 1), mask=group < num_groups)
         if needs_mass:
             change = tl.exp(-tl.abs(logit - peak) / heat)
@@ -450,7 +450,7 @@ def _judge_kernel(
                 is_open = (peaks >= chosen) & (tl.exp((peaks - largest) / heat) >= least)
                 untried = tl.full([], float("-inf"), tl.float32)
                 if not has_top_k:
-                    scores_at = of_groups + (num_rows.to(tl.int64) + row) * num_groups + group
+                    scores_at = of_groups + (row + num_rows) * num_groups + group
                     bounds = tl.load(scores_at, mask=is_open, other=float("-inf"))
                     is_tried = is_open & (_key(bounds) >= _bound_of_kth_largest(_key(bounds), is_open, GROUPS_OF_TURN // 2))
                     untried = tl.max(tl.where(is_tried, float("-inf"), bounds), 0)

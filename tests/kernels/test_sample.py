@@ -251,6 +251,30 @@ def test_rows_read_their_own_place_and_padding_draws_nothing(dtype: torch.dtype)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_captured_graph_draws_for_whatever_rows_come(dtype: torch.dtype) -> None:
+    """Capturing fails on anything that waits for the device."""
+    inputs = inputs_of([{**options, "seed": index, "position": index} for index, options in enumerate(FILTERS.values())])
+    logits = logits_of(4, 32000).to(dtype)
+    on_device, static = on_kernel_device(inputs_of([{}] * len(FILTERS))), logits.cuda()
+    token_ids = torch.empty(4, dtype=torch.int64, device="cuda")
+    broken = torch.empty(4, dtype=torch.bool, device="cuda")
+    on_device = replace(on_device, rows=on_device.rows[:4].clone())
+    sample(static, on_device, purpose=0, token_ids=token_ids, broken=broken)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sample(static, on_device, purpose=0, token_ids=token_ids, broken=broken)
+    for name in SamplingInputs.__slots__[1:]:
+        getattr(on_device, name).copy_(getattr(inputs, name))
+    for places in ([0, 1, 2, 3], [7, -1, 4, 6], [5, 5, 3, -1]):
+        on_device.rows.copy_(torch.tensor(places))
+        graph.replay()
+        expected = sample_reference(static, on_device, purpose=0)
+        assert token_ids.tolist() == expected.tolist()
+        assert not broken.any()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("vocab_size", [32000, 128256, 151936])
 def test_large_vocabularies_draw_as_the_cpu_does(vocab_size: int) -> None:
     rows = [{**options, "seed": index, "position": index} for index, options in enumerate(list(FILTERS.values()) * 8)]
