@@ -52,7 +52,7 @@ def draw_kernel(
     best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
     largest = tl.full([TILE], float("-inf"), tl.float32)
     smallest = tl.full([TILE], float("inf"), tl.float32)
-    peak = tl.full([TILE], -3.0e38, tl.float32)  # finite, so that a difference to -inf is not NaN
+    peak = tl.full([TILE], -3.4028234663852886e38, tl.float32)  # the least that is finite: a difference to -inf is not NaN
     mass = tl.zeros([TILE], tl.float32)
     for first in range(begin, end, TILE):
         token = first + tl.arange(0, TILE)

@@ -207,6 +207,7 @@ def test_flat_rows_whose_groups_rule_out_little_draw_as_the_sort_does(options: d
     logits = (logits_of(6, 5001) * 0.05).to(kernel_device())
     logits[0] = 1.0
     logits[1, 7:] = -math.inf  # fewer tokens than a group has
+    logits[2, 9:] = torch.finfo(torch.float32).min  # what some masks use for -inf
     assert sample(logits, inputs, purpose=0).tolist() == sample_reference(logits, inputs, purpose=0).tolist()
 
 
