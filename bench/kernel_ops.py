@@ -46,7 +46,8 @@ class SmallOps:
         for num_rows in (1, 32, 256):
             self.prepare_inputs(num_rows)
             for name, options in SAMPLERS.items():
-                self.sample(num_rows, name, options)
+                for dtype in (torch.float32, torch.bfloat16):
+                    self.sample(num_rows, name, options, dtype)
         return self.rows
 
     def rotary_store(self, num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, *, with_norm: bool) -> None:
@@ -146,9 +147,9 @@ class SmallOps:
         none = torch.full((num_rows,), -1, device="cuda")  # lengths must not pass the end over many replays
         self._add("append_tokens", num_rows, 0.0, 1e-9, 0, lambda _: append_tokens(tokens, lengths, none, step.token_ids))
 
-    def sample(self, num_rows: int, name: str, options: dict[str, float]) -> None:
+    def sample(self, num_rows: int, name: str, options: dict[str, float], dtype: torch.dtype) -> None:
         vocab_size = 128256
-        sets = [torch.randn(num_rows, vocab_size, device="cuda") * 3 for _ in range(2)]
+        sets = [(torch.randn(num_rows, vocab_size, device="cuda") * 3).to(dtype) for _ in range(2)]
         settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, **options}
         columns = {
             key: torch.full((num_rows,), value, dtype=torch.int64 if key == "top_k" else torch.float64, device="cuda")
@@ -160,8 +161,9 @@ class SmallOps:
         # Scores closer than rounding may fall either way: a draw in thousands, not one in a hundred.
         actual, expected = sample(sets[0], inputs, purpose=0), sample_reference(sets[0], inputs, purpose=0)
         different = float((actual != expected).sum())
+        label = f"sample {name}{'' if dtype == torch.float32 else ' bf16'}"
         self._add(
-            f"sample {name}", num_rows, different, 1.5 if num_rows > 100 else 0.5, sets[0].nbytes,
+            label, num_rows, different, 1.5 if num_rows > 100 else 0.5, sets[0].nbytes,
             lambda index: sample(sets[index % 2], inputs, purpose=0),
             lambda index: torch_sample(sets[index % 2], options),
         )  # fmt: skip

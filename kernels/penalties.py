@@ -8,14 +8,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PenaltyInputs:
-    """What each row of logits is penalised for, and how much; neutral values change no bit of the logits."""
+    """What each row of logits is penalised for, and how much: its place, and columns with an entry for each place.
 
-    tokens: Tensor  # [num_rows, width] int64; prompt and completion, and any ids behind them
-    prompt_lengths: Tensor  # [num_rows] int64
-    lengths: Tensor  # [num_rows] int64, at most width; tokens of prompt and completion
-    repetition: Tensor  # [num_rows] float32, above 0; 1 is neutral
-    frequency: Tensor  # [num_rows] float32; 0 is neutral
-    presence: Tensor  # [num_rows] float32; 0 is neutral
+    Neutral values, and padding, change no bit of the logits.
+    """
+
+    rows: Tensor  # [num_rows] int64, the place of each row of logits in the columns; -1 is padding
+    tokens: Tensor  # [max_rows, width] int64; prompt and completion, and any ids of the vocabulary behind them
+    prompt_lengths: Tensor  # [max_rows] int64
+    lengths: Tensor  # [max_rows] int64, at most width where a row is named; tokens of prompt and completion
+    repetition: Tensor  # [max_rows] float64, above 0; 1 is neutral; penalties are rounded to float32 before they are used
+    frequency: Tensor  # [max_rows] float64; 0 is neutral
+    presence: Tensor  # [max_rows] float64; 0 is neutral
 
 
 def apply_penalties(logits: Tensor, inputs: PenaltyInputs) -> Tensor:
@@ -28,15 +32,17 @@ def apply_penalties(logits: Tensor, inputs: PenaltyInputs) -> Tensor:
     presence, of tokens of the completion: taken off once.
 
     The first is transformers' definition, the others are OpenAI's; in this order. The counts are taken from the tokens each
-    time, so no state of their own has to follow a fork, a preemption or a draw.
+    time, so no state of their own has to follow a fork, a preemption or a draw. The device is never waited for.
     """
-    positions = torch.arange(inputs.tokens.shape[1], device=logits.device)
-    is_token = positions < inputs.lengths[:, None]
-    seen = _count(inputs.tokens, is_token, logits.shape[1]) > 0
-    completion_counts = _count(inputs.tokens, is_token & (positions >= inputs.prompt_lengths[:, None]), logits.shape[1])
-    repetition = inputs.repetition[:, None]
+    rows = inputs.rows.clamp(min=0)
+    tokens = inputs.tokens[rows]
+    positions = torch.arange(tokens.shape[1], device=logits.device)
+    is_token = (positions < inputs.lengths[rows, None]) & (inputs.rows >= 0)[:, None]
+    seen = _count(tokens, is_token, logits.shape[1]) > 0
+    completion_counts = _count(tokens, is_token & (positions >= inputs.prompt_lengths[rows, None]), logits.shape[1])
+    repetition, frequency, presence = (column[rows, None].float() for column in (inputs.repetition, inputs.frequency, inputs.presence))
     penalised = torch.where(seen, torch.where(logits < 0, logits * repetition, logits / repetition), logits)
-    return penalised - completion_counts * inputs.frequency[:, None] - (completion_counts > 0) * inputs.presence[:, None]
+    return penalised - completion_counts * frequency - (completion_counts > 0) * presence
 
 
 def _count(tokens: Tensor, is_counted: Tensor, vocab_size: int) -> Tensor:
@@ -48,12 +54,15 @@ def _count(tokens: Tensor, is_counted: Tensor, vocab_size: int) -> Tensor:
 def apply_penalties_reference(logits: Tensor, inputs: PenaltyInputs) -> Tensor:
     """The same, token by token."""
     penalised = logits.clone()
-    for row in range(len(logits)):
-        sequence = inputs.tokens[row, : inputs.lengths[row]].tolist()
-        completion = sequence[inputs.prompt_lengths[row] :]
+    for row, place in enumerate(inputs.rows.tolist()):
+        if place < 0:
+            continue
+        sequence = inputs.tokens[place, : inputs.lengths[place]].tolist()
+        completion = sequence[inputs.prompt_lengths[place] :]
+        repetition, frequency, presence = (column[place].float() for column in (inputs.repetition, inputs.frequency, inputs.presence))
         for token_id in set(sequence):
             logit = penalised[row, token_id]
-            logit = logit * inputs.repetition[row] if logit < 0 else logit / inputs.repetition[row]
+            logit = logit * repetition if logit < 0 else logit / repetition
             count = completion.count(token_id)
-            penalised[row, token_id] = logit - count * inputs.frequency[row] - (count > 0) * inputs.presence[row]
+            penalised[row, token_id] = logit - count * frequency - (count > 0) * presence
     return penalised

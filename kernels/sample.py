@@ -1,72 +1,50 @@
 """Choosing each row's next token: temperature, top-k, top-p, min-p, typical-p, then Gumbel-max with noise that scheduling cannot change."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from quire.kernels.backend import num_multiprocessors, runs_triton
 from quire.kernels.philox import philox, philox_reference, words_of
+from quire.kernels.sample_kernels import draw_kernel, judge_kernel
 
 # Noise rows start at multiples of 64 floats, so that vectorised log sees a row at the same alignment in every batch.
 _ROW_COUNTERS: Final = 16
 # Tokens of one turn of the loops, and the fewest that are worth a program of their own.
 _DRAW_TILE: Final = 1024
-_JUDGE_TILE: Final = 4096
 _MIN_TOKENS_PER_PROGRAM: Final = 8192
-# How many thresholds one reading of a row counts for, and how many readings halve distances before they halve bit patterns.
+# The first launch keeps the largest logit and the best score of groups of tokens, no smaller than a cache line of float32. All
+# groups of a row stay in the registers of the second launch, beside a turn's tokens; twice as many of either spill (sm_90).
+_MIN_GROUP: Final = 32
+_MAX_GROUPS: Final = 4096
+_TURN_TOKENS: Final = 2048
+# Rows of a top-k up to this draw noise for their k tokens alone, in the second launch; noise is what costs.
+_MAX_LATE_TOP_K: Final = 1024
+# How many thresholds one reading counts for, and how many readings halve distances before they halve bit patterns.
 _NUM_PIVOTS: Final = 4
 _NUM_VALUE_READINGS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """How each row of logits is sampled. Columns are those of a batch, [max_rows] each, and `rows` says whose the logits are."""
+    """How each row of logits is sampled: its place, and columns of [max_rows] with an entry for each place.
 
-    rows: Tensor  # [num_rows] int32 or int64, where each row of logits has its numbers; -1 is padding
-    temperature: Tensor  # float64, taken as float32; 0 takes the most likely token
+    Whole numbers are int64, others float64, with strides of 1. Kernels read through `rows`, so that a launch whose arguments
+    never change, as in a CUDA graph, serves whatever batch comes.
+    """
+
+    rows: Tensor  # [num_rows] int64, the place of each row of logits in the columns; -1 is padding
+    temperature: Tensor  # 0 takes the most likely token; rounded to float32 before it is used
     top_k: Tensor  # int64; 0 keeps all
-    top_p: Tensor  # float64, so that 1 - top_p rounds to float32 once; 1 keeps all
-    min_p: Tensor  # float64, taken as float32; 0 keeps all
-    typical_p: Tensor  # float64, taken as float32; 1 keeps all
+    top_p: Tensor  # 1 keeps all; 1 - top_p is rounded to float32 once
+    min_p: Tensor  # 0 keeps all; rounded to float32 before it is used
+    typical_p: Tensor  # 1 keeps all; rounded to float32 before it is used
     seed: Tensor  # int64, the bits of the unsigned seed
     sequence_index: Tensor  # int64
     position: Tensor  # int64; the place in the sequence that the drawn token takes
-
-    def picked(self) -> "SamplingRow":
-        """The numbers of each row of logits; those of padding are anything."""
-        rows = self.rows.clamp(min=0).long()
-        return SamplingRow(
-            temperature=self.temperature[rows].float(),
-            top_k=self.top_k[rows],
-            top_p=self.top_p[rows],
-            min_p=self.min_p[rows].float(),
-            typical_p=self.typical_p[rows].float(),
-            seed=self.seed[rows],
-            sequence_index=self.sequence_index[rows],
-            position=self.position[rows],
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """The same numbers, row by row of the logits: [num_rows] each."""
-
-    temperature: Tensor  # float32
-    top_k: Tensor  # int64
-    top_p: Tensor  # float64
-    min_p: Tensor  # float32
-    typical_p: Tensor  # float32
-    seed: Tensor  # int64
-    sequence_index: Tensor  # int64
-    position: Tensor  # int64
-
-    def of(self, rows: Tensor) -> "SamplingRow":
-        """Some of the rows."""
-        return SamplingRow(*(getattr(self, name)[rows] for name in SamplingRow.__slots__))
 
 
 def sample(
@@ -80,43 +58,46 @@ def sample(
 ) -> Tensor:
     """One token id per row.
 
-    logits:      [num_rows, vocab_size] float32 or 16 bits; -inf marks forbidden tokens
+    logits:      [num_rows, vocab_size] float32, bfloat16 or float16, last dim contiguous; -inf marks forbidden tokens
     purpose:     DrawPurpose; target and draft draws of one position differ
-    has_typical: whether any row has a typical_p below 1, for which there is no kernel: all rows go to the reference then
-    token_ids:   [num_rows] int64, filled in and given back; new if None
-    broken:      [num_rows], filled with what `broken_rows` says, without another reading of the logits; padding is not broken
-    result:      [num_rows] int64; 0 for broken rows and for padding
+    has_typical: whether any row has a typical_p below 1: it has no kernel, so all rows take the reference, which waits for the
+                 device. Otherwise a GPU is never waited for, and the launches can be captured in a CUDA graph
+    token_ids:   [num_rows] int64, filled and returned if given
+    broken:      [num_rows] bool, filled with what `broken_rows` says; padding is not broken
+    result:      [num_rows] int64; 0 for broken rows and padding
 
     The filters mean what transformers' warpers of the same names mean, in the same order. A row's token depends on that row
-    alone. The GPU draws with the same integers and takes the same token, but where two scores are closer than float32
-    rounding; the host does not wait for it, but for has_typical.
+    alone. The GPU draws with the same integers and takes the same token, but where two scores are closer than float32 rounding.
     """
-    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if token_ids is None else token_ids
+    if token_ids is None:
+        token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     if runs_triton(logits) and not has_typical:
-        _sample_without_sorting(logits, inputs, token_ids, purpose=purpose, broken=broken)
-        return token_ids
-    is_broken = broken_rows(logits) & (inputs.rows >= 0)
+        _sample_without_sorting(logits, inputs, purpose=purpose, token_ids=token_ids, broken=broken)
+    else:
+        token_ids.copy_(sample_reference(logits, inputs, purpose=purpose, broken=broken))
+    return token_ids
+
+
+def sample_reference(logits: Tensor, inputs: SamplingInputs, *, purpose: int, broken: Tensor | None = None) -> Tensor:
+    """The same, with a sort, by the filters one after the other."""
+    is_padding = inputs.rows < 0
+    is_broken = broken_rows(logits) & ~is_padding
     if broken is not None:
         broken.copy_(is_broken)
-    token_ids.copy_(sample_reference(logits.float(), inputs, purpose=purpose))
-    return token_ids.masked_fill_(is_broken | (inputs.rows < 0), 0)
-
-
-def sample_reference(logits: Tensor, inputs: SamplingInputs, *, purpose: int) -> Tensor:
-    """The same, with a sort, by the filters one after the other. Broken rows and padding get any id."""
-    token_ids = logits.argmax(dim=-1)
-    rows = inputs.picked()
-    random_rows = rows.temperature.nonzero()[:, 0]  # greedy rows need no noise
+    token_ids = logits.argmax(dim=-1).masked_fill(is_broken | is_padding, 0)
+    temperature = inputs.temperature[inputs.rows.clamp(min=0)].float()
+    random_rows = ((temperature != 0) & ~is_broken & ~is_padding).nonzero()[:, 0]  # greedy rows need no noise
     if random_rows.numel() == 0:
         return token_ids
-    picked = rows.of(random_rows)
-    scores = logits[random_rows]
+    rows = inputs.rows[random_rows]
+    scores = logits[random_rows].float()
     # Taking the maximum away first changes no probability and keeps a tiny temperature from overflowing.
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / picked.temperature[:, None]
-    scores = filter_top_k_top_p(scores, top_k=picked.top_k, top_p=picked.top_p)
-    scores = filter_min_p(scores, min_p=picked.min_p)
-    scores = filter_typical_p(scores, typical_p=picked.typical_p)
-    token_ids[random_rows] = (scores + gumbel_noise(logits.shape[-1], picked, purpose=purpose)).argmax(dim=-1)
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[random_rows, None]
+    scores = filter_top_k_top_p(scores, top_k=inputs.top_k[rows], top_p=inputs.top_p[rows])
+    scores = filter_min_p(scores, min_p=inputs.min_p[rows])
+    scores = filter_typical_p(scores, typical_p=inputs.typical_p[rows])
+    noise = gumbel_noise(logits.shape[-1], replace(inputs, rows=rows), purpose=purpose)
+    token_ids[random_rows] = (scores + noise).argmax(dim=-1)
     return token_ids
 
 
@@ -155,19 +136,19 @@ def filter_top_k_top_p(scores: Tensor, *, top_k: Tensor, top_p: Tensor) -> Tenso
 def filter_min_p(scores: Tensor, *, min_p: Tensor) -> Tensor:
     """Forbid tokens less likely than min_p times the most likely one.
 
-    scores: [num_rows, vocab_size] float32; min_p: [num_rows] float32, 0 keeps all
+    scores: [num_rows, vocab_size] float32; min_p: [num_rows], 0 keeps all; rounded to float32
     """
     if not bool((min_p > 0).any()):
         return scores
     probabilities = scores.softmax(dim=-1)
-    least = min_p[:, None] * probabilities.amax(dim=-1, keepdim=True)
+    least = min_p[:, None].float() * probabilities.amax(dim=-1, keepdim=True)
     return scores.masked_fill(probabilities < least, float("-inf"))
 
 
 def filter_typical_p(scores: Tensor, *, typical_p: Tensor) -> Tensor:
     """Keep the tokens whose surprise is nearest to the expected one, until they make up typical_p of the probability.
 
-    scores: [num_rows, vocab_size] float32; typical_p: [num_rows] float32, 1 keeps all
+    scores: [num_rows, vocab_size] float32; typical_p: [num_rows], 1 keeps all; rounded to float32
     """
     rows = (typical_p < 1).nonzero()[:, 0]
     if rows.numel() == 0:
@@ -180,13 +161,13 @@ def filter_typical_p(scores: Tensor, *, typical_p: Tensor) -> Tensor:
     distance = (surprise - parts.cumsum(dim=-1)[:, -1:]).abs()
     ascending, order = distance.sort(dim=-1, stable=True)
     mass = picked.gather(1, order).softmax(dim=-1).cumsum(dim=-1)
-    last = (mass < typical_p[rows, None]).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    last = (mass < typical_p[rows, None].float()).sum(dim=-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     filtered = scores.clone()
     filtered[rows] = picked.masked_fill(distance > ascending.gather(1, last), float("-inf"))
     return filtered
 
 
-def gumbel_noise(vocab_size: int, inputs: SamplingRow, *, purpose: int) -> Tensor:
+def gumbel_noise(vocab_size: int, inputs: SamplingInputs, *, purpose: int) -> Tensor:
     """Gumbel noise of every token of every row: [num_rows, vocab_size] float32, finite.
 
     Key: the row's seed. Counter: (token id >> 2, position, sequence_index, purpose); word (token id & 3) is the token's.
@@ -197,11 +178,9 @@ def gumbel_noise(vocab_size: int, inputs: SamplingRow, *, purpose: int) -> Tenso
     """
     num_counters = -(-vocab_size // (4 * _ROW_COUNTERS)) * _ROW_COUNTERS
     word_index = torch.arange(num_counters, dtype=torch.int64, device=inputs.seed.device)
-    seed_low, seed_high = words_of(inputs.seed[:, None])
-    words = philox(
-        (word_index[None], inputs.position[:, None], inputs.sequence_index[:, None], torch.full_like(word_index[None], purpose)),
-        (seed_low, seed_high),
-    )
+    rows = inputs.rows.clamp(min=0)[:, None]
+    counter = (word_index[None], inputs.position[rows], inputs.sequence_index[rows], torch.full_like(word_index[None], purpose))
+    words = philox(counter, words_of(inputs.seed[rows]))
     bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1) >> 9
     uniform = (bits.to(torch.float32) + 0.5) * 2.0**-23
     return -(-uniform.log()).log()[:, :vocab_size]
@@ -214,295 +193,70 @@ def gumbel_noise_reference(token_id: int, *, seed: int, position: int, sequence_
     return -(-uniform.log()).log()
 
 
-def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, token_ids: Tensor, *, purpose: int, broken: Tensor | None) -> None:
+def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: int, token_ids: Tensor, broken: Tensor | None) -> None:
     """Gumbel-max over all tokens first; the filters then only judge the winner, and the next best one if they refuse it.
 
     What the filters keep is closed upwards: if a token is refused, so is every less likely one. So the draw goes on among the
-    tokens above it, and the first winner that is kept is the winner among the kept. Each judgement reads the row once; a
-    nucleus of 0.9 takes the first winner nine times in ten. The threshold of top-k is searched for only where top-p needs the
-    probabilities under it.
+    tokens above it, and the first winner that is kept is the winner among the kept.
+
+    The first launch reads the row and keeps the largest logit and the best score of each group of tokens. The second reads the
+    groups alone that these cannot rule out: the k-th largest of the largest bounds the k-th largest logit from below, tokens above
+    a winner are in groups whose largest reaches it, and what wins after it is in the groups with the best scores, but where a
+    refused token has one of those. Rows of a small top-k draw for the first time in the second launch.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1, logits.stride()
-    assert vocab_size < 255 * _JUDGE_TILE, vocab_size
+    assert vocab_size < 255 * _TURN_TOKENS, vocab_size
     wanted = max(1, 4 * num_multiprocessors(logits.device) // max(1, num_rows))
     num_programs = triton.next_power_of_2(min(wanted, triton.cdiv(vocab_size, _MIN_TOKENS_PER_PROGRAM)))
     program_tokens = triton.cdiv(triton.cdiv(vocab_size, num_programs), _DRAW_TILE) * _DRAW_TILE
-    best_scores = torch.empty((3, num_rows, num_programs), dtype=torch.float32, device=logits.device)
+    group_tokens = max(_MIN_GROUP, triton.next_power_of_2(triton.cdiv(vocab_size, _MAX_GROUPS)))
+    num_groups = triton.cdiv(vocab_size, group_tokens)
+    best_scores = torch.empty((4, num_rows, num_programs), dtype=torch.float32, device=logits.device)
     best_ids = torch.empty((num_rows, num_programs), dtype=torch.int32, device=logits.device)
-    _draw_kernel[(num_programs, num_rows)](
+    of_groups = torch.empty((2, num_rows, num_groups), dtype=torch.float32, device=logits.device)
+    listed = torch.empty((num_rows, num_groups), dtype=torch.int32, device=logits.device)
+    settings = (inputs.rows, inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
+    key = (inputs.seed, inputs.sequence_index, inputs.position)
+    draw_kernel[(num_programs, num_rows)](
         best_scores,
         best_ids,
+        of_groups,
         logits,
-        inputs.rows,
-        inputs.temperature,
-        inputs.seed,
-        inputs.sequence_index,
-        inputs.position,
+        *settings,
+        *key,
         num_rows,
         vocab_size,
+        num_groups,
         logits.stride(0),
         program_tokens,
         purpose,
         TILE=_DRAW_TILE,
+        GROUP=group_tokens,
+        MAX_LATE_TOP_K=_MAX_LATE_TOP_K,
         num_warps=4,
     )
-    _judge_kernel[(num_rows,)](
+    judge_kernel[(num_rows,)](
         token_ids,
         broken,
         best_scores,
         best_ids,
+        of_groups,
+        listed,
         logits,
-        inputs.rows,
-        inputs.temperature,
-        inputs.top_k,
-        inputs.top_p,
-        inputs.min_p,
-        inputs.seed,
-        inputs.sequence_index,
-        inputs.position,
+        *settings,
+        *key,
         num_rows,
         vocab_size,
+        num_groups,
         logits.stride(0),
         purpose,
         PROGRAMS=num_programs,
-        TILE=_JUDGE_TILE,
+        GROUP=group_tokens,
+        GROUPS=triton.next_power_of_2(num_groups),
+        GROUPS_OF_TURN=_TURN_TOKENS // group_tokens,
         NUM_PIVOTS=_NUM_PIVOTS,
         NUM_VALUE_READINGS=_NUM_VALUE_READINGS,
+        MAX_LATE_TOP_K=_MAX_LATE_TOP_K,
         num_warps=16,  # of one program a row: bound by its instructions, it wants all schedulers busy
     )
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _draw_kernel(
-    best_scores: tl.tensor,  # [3, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf
-    best_ids: tl.tensor,  # [num_rows, num_programs]
-    logits: tl.tensor,  # [num_rows, vocab_size]
-    rows: tl.tensor,  # [num_rows]
-    temperature: tl.tensor,  # [max_rows] float64
-    seed: tl.tensor,  # [max_rows]
-    sequence_index: tl.tensor,  # [max_rows]
-    position: tl.tensor,  # [max_rows]
-    num_rows: int,
-    vocab_size: int,
-    logits_stride: int,
-    program_tokens: int,
-    purpose: int,
-    TILE: tl.constexpr,
-) -> None:
-    """The best token of a part of each row, unfiltered."""
-    row = tl.program_id(1).to(tl.int64)
-    place = tl.load(rows + row).to(tl.int64)
-    if place < 0:
-        return
-    heat = tl.load(temperature + place).to(tl.float32)
-    row_seed = tl.load(seed + place)
-    row_position = tl.load(position + place)
-    row_index = tl.load(sequence_index + place)
-    begin = tl.program_id(0) * program_tokens
-    end = tl.minimum(begin + program_tokens, vocab_size)
-    best = tl.full([TILE], float("-inf"), tl.float32)
-    best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
-    largest = tl.full([TILE], float("-inf"), tl.float32)
-    smallest = tl.full([TILE], float("inf"), tl.float32)
-    for first in range(begin, end, TILE):
-        token = first + tl.arange(0, TILE)
-        logit = tl.load(logits + row * logits_stride + token, mask=token < end, other=float("-inf")).to(tl.float32)
-        largest = tl.maximum(largest, tl.where(logit == logit, logit, float("inf")))
-        logit = tl.where(logit == logit, logit, float("-inf"))
-        smallest = tl.minimum(smallest, tl.where(logit == float("-inf"), float("inf"), logit))
-        score = logit
-        if heat > 0.0:
-            score = logit + heat * _noise(first, row_seed, row_position, row_index, purpose, TILE)
-        is_better = score > best
-        best = tl.where(is_better, score, best)
-        best_id = tl.where(is_better, token, best_id)
-    part = row * tl.num_programs(0) + tl.program_id(0)
-    score = tl.max(best, 0)
-    tl.store(best_scores + part, score)
-    tl.store(best_ids + part, tl.min(tl.where(best == score, best_id, 0x7FFFFFFF), 0))
-    tl.store(best_scores + num_rows * tl.num_programs(0) + part, tl.max(largest, 0))
-    tl.store(best_scores + 2 * num_rows * tl.num_programs(0) + part, tl.min(smallest, 0))
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _judge_kernel(
-    token_ids: tl.tensor,  # [num_rows]
-    broken: tl.tensor,  # None, or [num_rows]
-    best_scores: tl.tensor,  # [3, num_rows, PROGRAMS]
-    best_ids: tl.tensor,  # [num_rows, PROGRAMS]
-    logits: tl.tensor,  # [num_rows, vocab_size]
-    rows: tl.tensor,  # [num_rows]
-    temperature: tl.tensor,  # [max_rows] float64
-    top_k: tl.tensor,  # [max_rows]
-    top_p: tl.tensor,  # [max_rows] float64
-    min_p: tl.tensor,  # [max_rows] float64
-    seed: tl.tensor,  # [max_rows]
-    sequence_index: tl.tensor,  # [max_rows]
-    position: tl.tensor,  # [max_rows]
-    num_rows: int,
-    vocab_size: int,
-    logits_stride: int,
-    purpose: int,
-    PROGRAMS: tl.constexpr,
-    TILE: tl.constexpr,
-    NUM_PIVOTS: tl.constexpr,
-    NUM_VALUE_READINGS: tl.constexpr,
-) -> None:
-    """The best token of each row that the row's filters keep."""
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.load(rows + row).to(tl.int64)
-    if place < 0:
-        tl.store(token_ids + row, 0)
-        if broken is not None:
-            tl.store(broken + row, 0)
-        return
-    parts = row * PROGRAMS + tl.arange(0, PROGRAMS)
-    scores = tl.load(best_scores + parts)
-    score = tl.max(scores, 0)
-    token_id = tl.min(tl.where(scores == score, tl.load(best_ids + parts), 0x7FFFFFFF), 0)
-    heat = tl.load(temperature + place).to(tl.float32)
-    most = tl.load(top_k + place)
-    mass = tl.load(top_p + place)
-    least = tl.load(min_p + place).to(tl.float32)
-    largest = tl.max(tl.load(best_scores + num_rows * PROGRAMS + parts), 0)
-    is_broken = (largest == float("inf")) | (largest == float("-inf"))
-    token_id = tl.where(is_broken, 0, token_id)
-    if broken is not None:
-        tl.store(broken + row, is_broken.to(broken.dtype.element_ty))
-    if (not is_broken) & (heat > 0.0) & ((most > 0) | (mass < 1.0) | (least > 0.0)):
-        row_logits = logits + row * logits_stride
-        smallest = tl.min(tl.load(best_scores + 2 * num_rows * PROGRAMS + parts), 0)
-        tail = (1.0 - mass).to(tl.float32)
-        least = tl.maximum(least, 0.0)
-        # Keys below the floor are known to be refused. At first nothing is.
-        floor = tl.full([], -0x80000000, tl.int32)
-        if (most > 0) & (mass < 1.0):
-            floor = _kth_largest(row_logits, vocab_size, most, smallest, largest, TILE, NUM_PIVOTS, NUM_VALUE_READINGS)
-        is_kept = False
-        while not is_kept:
-            chosen = _logits(row_logits, token_id, vocab_size)
-            # Two counters in each number, so that a tile stays in registers: larger logits in the upper half, and in the
-            # lower one all tokens after the chosen one in ascending, stable order.
-            counters = tl.zeros([TILE], tl.int32)
-            total = tl.zeros([TILE], tl.float32)
-            up_to_chosen = tl.zeros([TILE], tl.float32)
-            for first in range(0, vocab_size, TILE):
-                token = first + tl.arange(0, TILE)
-                logit = _logits(row_logits, token, vocab_size)
-                is_larger = logit > chosen
-                is_above = is_larger | ((logit == chosen) & (token > token_id) & (token < vocab_size))
-                weight = tl.where(_key(logit) >= floor, tl.exp((logit - largest) / heat), 0.0)
-                counters += is_larger.to(tl.int32) * 65536 + is_above.to(tl.int32)
-                total += weight
-                up_to_chosen += tl.where(is_above, 0.0, weight)
-            is_last = tl.max(counters, 0) == 0
-            is_in_top_k = (most <= 0) | (tl.sum(counters // 65536, 0) < most)
-            is_in_top_p = (mass >= 1.0) | (tl.sum(up_to_chosen, 0) > tail * tl.sum(total, 0))
-            is_in_min_p = tl.exp((chosen - largest) / heat) >= least
-            is_kept = is_last | (is_in_top_k & is_in_top_p & is_in_min_p)
-            if not is_kept:
-                best = tl.full([TILE], float("-inf"), tl.float32)
-                best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
-                for first in range(0, vocab_size, TILE):
-                    token = first + tl.arange(0, TILE)
-                    logit = _logits(row_logits, token, vocab_size)
-                    is_open = (logit > chosen) | ((logit == chosen) & (token > token_id))
-                    is_open = is_open & (_key(logit) >= floor) & (tl.exp((logit - largest) / heat) >= least)
-                    if tl.max(is_open.to(tl.int32), 0) > 0:  # noise is what costs, and few tokens are still open
-                        noise = _noise(
-                            first, tl.load(seed + place), tl.load(position + place), tl.load(sequence_index + place), purpose, TILE
-                        )
-                        noisy = tl.where(is_open, logit + heat * noise, float("-inf"))
-                        is_better = noisy > best
-                        best = tl.where(is_better, noisy, best)
-                        best_id = tl.where(is_better, token, best_id)
-                token_id = tl.min(tl.where(best == tl.max(best, 0), best_id, 0x7FFFFFFF), 0)
-    tl.store(token_ids + row, token_id.to(tl.int64))
-
-
-@triton.jit
-def _kth_largest(
-    logits: tl.tensor,  # [vocab_size]
-    vocab_size: int,
-    k: int,
-    smallest: float,
-    largest: float,
-    TILE: tl.constexpr,
-    NUM_PIVOTS: tl.constexpr,
-    NUM_VALUE_READINGS: tl.constexpr,
-) -> tl.tensor:
-    """A key with exactly k keys at or above it, or, where that splits equal logits, the k-th largest key.
-
-    Each reading of the row counts for NUM_PIVOTS keys and leaves a fifth of an interval: of logits first, which soon separates
-    what is spread as logits are; then of keys, which ends after 14 readings whatever the logits are.
-    """
-    low = _key(smallest).to(tl.int64)  # at least k keys are >= low, if there are so many finite ones
-    high = _key(largest).to(tl.int64) + 1  # fewer than k keys are >= high
-    num_at_low = tl.full([], 0x7FFFFFFF, tl.int32)
-    num_readings = 0
-    while (high - low > 1) & (num_at_low != k):
-        is_by_value = num_readings < NUM_VALUE_READINGS
-        counters = tl.zeros([TILE], tl.int32)  # a byte for each pivot: no lane sees 256 tokens of a row
-        for first in range(0, vocab_size, TILE):
-            key = _key(_logits(logits, first + tl.arange(0, TILE), vocab_size))
-            for index in tl.static_range(NUM_PIVOTS):
-                is_above = key >= _pivot(low, high, index, is_by_value, NUM_PIVOTS)
-                counters += is_above.to(tl.int32) << (8 * index)
-        old_low, old_high = low, high
-        for index in tl.static_range(NUM_PIVOTS):
-            count = tl.sum((counters >> (8 * index)) & 0xFF, 0)
-            pivot = _pivot(old_low, old_high, index, is_by_value, NUM_PIVOTS).to(tl.int64)
-            num_at_low = tl.where((count >= k) & (pivot >= low), count, num_at_low)
-            low = tl.where(count >= k, tl.maximum(pivot, low), low)
-            high = tl.where(count < k, tl.minimum(pivot, high), high)
-        num_readings += 1
-    return low.to(tl.int32)
-
-
-@triton.jit
-def _pivot(low: tl.tensor, high: tl.tensor, index: tl.constexpr, is_by_value: tl.tensor, NUM_PIVOTS: tl.constexpr) -> tl.tensor:
-    """One of the keys that divide [low, high), evenly by logits or by keys."""
-    bottom, top = _value(low.to(tl.int32)), _value((high - 1).to(tl.int32))
-    by_value = _key(bottom + (top - bottom) * ((index + 1) / (NUM_PIVOTS + 1)))
-    by_key = (low + (high - low) * (index + 1) // (NUM_PIVOTS + 1)).to(tl.int32)
-    return tl.where(is_by_value, by_value, by_key)
-
-
-@triton.jit
-def _logits(logits: tl.tensor, token: tl.tensor, end: int) -> tl.tensor:
-    """Logits in float32; NaN, and what is behind the end, is -inf."""
-    logit = tl.load(logits + token, mask=token < end, other=float("-inf")).to(tl.float32)
-    return tl.where(logit == logit, logit, float("-inf"))
-
-
-@triton.jit
-def _key(logit: tl.tensor) -> tl.tensor:
-    """An int32 that orders as the float32 does."""
-    bits = logit.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _value(key: tl.tensor) -> tl.tensor:
-    """The float32 of a key."""
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _noise(
-    first_token: int, seed: tl.tensor, position: tl.tensor, sequence_index: tl.tensor, purpose: int, TILE: tl.constexpr
-) -> tl.tensor:
-    """Gumbel noise of TILE tokens from `first_token`, a multiple of 4, on: see gumbel_noise()."""
-    counter = first_token // 4 + tl.arange(0, TILE // 4)
-    zeros = counter * 0
-    words = tl.philox(
-        seed,
-        counter.to(tl.uint32),
-        (zeros + position).to(tl.uint32),
-        (zeros + sequence_index).to(tl.uint32),
-        (zeros + purpose).to(tl.uint32),
-    )
-    bits = tl.interleave(tl.interleave(words[0], words[2]), tl.interleave(words[1], words[3])) >> 9
-    uniform = (bits.to(tl.float32) + 0.5) * (1.0 / 8388608.0)
-    return -tl.log(-tl.log(uniform))

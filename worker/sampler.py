@@ -160,13 +160,13 @@ def _apply_rules_and_penalties(batch: Batch, logits: Tensor, sampled: Sequence[i
 
 def _penalty_inputs(batch: Batch, rows: Sequence[int]) -> PenaltyInputs:
     width = max(batch.rows[row].length for row in rows)
-    indices = device_tensor(rows, device=batch.device)
-    repetition, frequency, presence = batch.sampling.penalties(indices)
+    columns = batch.sampling.columns
     return PenaltyInputs(
-        tokens=batch.tokens[indices, :width],
-        prompt_lengths=batch.prompt_lengths[indices],
-        lengths=batch.lengths[indices],
-        repetition=repetition,
-        frequency=frequency,
-        presence=presence,
+        rows=device_tensor(rows, device=batch.device),
+        tokens=batch.tokens[:, :width],
+        prompt_lengths=batch.prompt_lengths,
+        lengths=batch.lengths,
+        repetition=columns["repetition_penalty"],
+        frequency=columns["frequency_penalty"],
+        presence=columns["presence_penalty"],
     )

@@ -114,12 +114,6 @@ class SamplingRows:
         names = [name for name in SamplingInputs.__slots__ if name not in ("rows", "position")]
         return SamplingInputs(rows=rows, position=lengths, **{name: self.columns[name] for name in names})
 
-    def penalties(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The repetition, frequency and presence penalties of these rows: [n] float32 each."""
-        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        repetition, frequency, presence = (self.columns[name][rows].float() for name in names)
-        return repetition, frequency, presence
-
     def check(self, rows: Container[int]) -> None:
         """Assert that nothing is remembered of rows other than these."""
         for remembered in (self.penalised, self.typical, self.num_logprobs, self.num_beam_candidates, self.rules):

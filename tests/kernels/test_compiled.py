@@ -96,9 +96,8 @@ def small_launches() -> dict[str, Callable[[], object]]:
     norms: dict[str, Any] = {"query_norm": zeros(128), "key_norm": zeros(128)}
     step = allocate_step_tokens(256, CPU)
     plan = allocate_decode_plan(num_rows=256, num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=CPU)
-    doubles = zeros(4, dtype=torch.float64)
-    rows = zeros(4, dtype=torch.int32)
-    inputs = SamplingInputs(rows, doubles, integers(4), doubles, doubles, doubles, integers(4), integers(4), integers(4))
+    doubles, rows = zeros(4, dtype=torch.float64), integers(4)
+    inputs = SamplingInputs(rows, doubles, rows, doubles, doubles, doubles, rows, rows, rows)
     table = zeros(64, 128, dtype=torch.float32)
     spans = zeros(4, 4, dtype=torch.int32)
     return {
@@ -112,8 +111,8 @@ def small_launches() -> dict[str, Callable[[], object]]:
         "prepare_inputs": lambda: prepare_inputs(step, integers(4, 4096), integers(4), integers(4, 256), spans, block_size=16, max_count=1),
         "append_tokens": lambda: append_tokens(integers(4, 4096), integers(4), integers(4), integers(4)),
         "plan_decode": lambda: plan_decode(plan, integers(256), integers(256)),
-        "sample": lambda: sample(zeros(4, 128256, dtype=torch.float32), inputs, purpose=0, broken=integers(4)),
-        "sample from bfloat16": lambda: sample(zeros(4, 128256), inputs, purpose=0, broken=integers(4)),
+        "sample": lambda: sample(zeros(4, 128256, dtype=torch.float32), inputs, purpose=0, broken=zeros(4, dtype=torch.bool)),
+        "sample from bfloat16": lambda: sample(zeros(4, 151936), inputs, purpose=0),
         "write_runs": lambda: write_runs(integers(4096), integers(8, 3), integers(64), max_count=64),
     }
 

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ def inputs_of(
 ) -> PenaltyInputs:
     """Of (tokens, prompt length) pairs; `behind` is what stands behind the tokens of a row."""
     width = width or max(len(tokens) for tokens, _ in sequences)
-    ones = torch.ones(len(sequences))
+    ones = torch.ones(len(sequences), dtype=torch.float64)
     return PenaltyInputs(
+        rows=torch.arange(len(sequences)),
         tokens=torch.tensor([[*tokens, *[behind] * (width - len(tokens))] for tokens, _ in sequences]),
         prompt_lengths=torch.tensor([prompt_length for _, prompt_length in sequences]),
         lengths=torch.tensor([len(tokens) for tokens, _ in sequences]),
@@ -79,6 +81,16 @@ def test_neutral_penalties_change_nothing_and_rows_do_not_touch_each_other() -> 
     for row, sequence in enumerate(sequences):
         alone = apply_penalties(logits[row : row + 1], inputs_of([sequence], repetition=1.2, frequency=0.3))
         assert torch.equal(alone[0], together[row])
+
+
+def test_rows_read_their_own_place_and_padding_is_not_penalised() -> None:
+    logits = logits_of(4, 129)
+    columns = inputs_of(sequences_of(3, 129), repetition=1.2, frequency=0.3)
+    inputs = replace(columns, rows=torch.tensor([2, -1, 0, 2]))
+    penalised = apply_penalties(logits, inputs)
+    assert torch.equal(penalised, apply_penalties_reference(logits, inputs))
+    assert torch.equal(penalised[1], logits[1])
+    assert torch.equal(penalised[2:3], apply_penalties(logits[2:3], replace(columns, rows=torch.tensor([0]))))
 
 
 def test_forbidden_tokens_stay_forbidden() -> None:

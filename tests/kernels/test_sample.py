@@ -24,10 +24,10 @@ from quire.kernels.sample import (
 def inputs_of(rows: Sequence[Mapping[str, float]]) -> SamplingInputs:
     """SamplingInputs from one dict per row; what a dict leaves out changes nothing."""
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "seed": 0, "sequence_index": 0, "position": 0}
-    floats = ("temperature", "top_p", "min_p", "typical_p")
     filled = [{**defaults, **row} for row in rows]
     columns = {
-        name: torch.tensor([row[name] for row in filled], dtype=torch.float64 if name in floats else torch.int64) for name in defaults
+        name: torch.tensor([row[name] for row in filled], dtype=torch.float64 if isinstance(default, float) else torch.int64)
+        for name, default in defaults.items()
     }
     return SamplingInputs(rows=torch.arange(len(rows)), **columns)
 
@@ -52,7 +52,7 @@ def test_top_k_then_top_p_keep_what_transformers_keeps(vocab_size: int, top_k: i
 def test_min_p_keeps_what_transformers_keeps(vocab_size: int, min_p: float) -> None:
     logits = logits_of(3, vocab_size)
     expected = MinPLogitsWarper(min_p)(None, logits)
-    assert torch.equal(filter_min_p(logits, min_p=inputs_of([{"min_p": min_p}] * 3).picked().min_p), expected)
+    assert torch.equal(filter_min_p(logits, min_p=inputs_of([{"min_p": min_p}] * 3).min_p), expected)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 129, 1000])
@@ -63,7 +63,7 @@ def test_typical_p_keeps_what_transformers_keeps(vocab_size: int, typical_p: flo
     if top_k:  # most tokens are forbidden already
         logits = TopKLogitsWarper(top_k)(None, logits)
     expected = TypicalLogitsWarper(typical_p)(None, logits)
-    assert torch.equal(filter_typical_p(logits, typical_p=inputs_of([{"typical_p": typical_p}] * 3).picked().typical_p), expected)
+    assert torch.equal(filter_typical_p(logits, typical_p=inputs_of([{"typical_p": typical_p}] * 3).typical_p), expected)
 
 
 def test_typical_p_keeps_the_same_tokens_alone_and_in_a_crowd() -> None:
@@ -77,7 +77,7 @@ def test_typical_p_keeps_the_same_tokens_alone_and_in_a_crowd() -> None:
 
 def test_draws_come_from_the_typical_tokens() -> None:
     logits = logits_of(1, 129).expand(400, 129) / 4
-    drawn = sample(logits, inputs_of([{"typical_p": 0.1, "position": i} for i in range(400)]), purpose=0)
+    drawn = sample(logits, inputs_of([{"typical_p": 0.1, "position": i} for i in range(400)]), purpose=0, has_typical=True)
     kept = TypicalLogitsWarper(0.1)(None, logits[:1])[0].isfinite().nonzero()[:, 0]
     assert 1 < len(kept) < 40
     assert set(drawn.tolist()) == set(kept.tolist())
@@ -104,15 +104,15 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
 def test_noise_is_keyed_by_seed_token_position_sequence_and_purpose(vocab_size: int) -> None:
     seed = 2**63 + 12345
     inputs = inputs_of([{"seed": seed - 2**64, "position": 77, "sequence_index": 3}])
-    noise = gumbel_noise(vocab_size, inputs.picked(), purpose=1)
+    noise = gumbel_noise(vocab_size, inputs, purpose=1)
     for token_id in {0, vocab_size // 2, vocab_size - 1}:
         expected = gumbel_noise_reference(token_id, seed=seed, position=77, sequence_index=3, purpose=1)
         assert noise[0, token_id] == pytest.approx(float(expected), abs=1e-6)
     if vocab_size > 100:
         for changed in ({"seed": 1}, {"position": 78}, {"sequence_index": 4}):
             other = inputs_of([{"seed": seed - 2**64, "position": 77, "sequence_index": 3, **changed}])
-            assert not torch.equal(gumbel_noise(vocab_size, other.picked(), purpose=1), noise)
-        assert not torch.equal(gumbel_noise(vocab_size, inputs.picked(), purpose=0), noise)
+            assert not torch.equal(gumbel_noise(vocab_size, other, purpose=1), noise)
+        assert not torch.equal(gumbel_noise(vocab_size, inputs, purpose=0), noise)
 
 
 def test_the_largest_word_gives_finite_noise() -> None:
@@ -131,9 +131,7 @@ def test_a_row_draws_the_same_alone_and_in_a_crowd() -> None:
     together = sample(logits, inputs_of(rows), purpose=0)
     for index, row in enumerate(rows):
         assert sample(logits[index : index + 1], inputs_of([row]), purpose=0).tolist() == [int(together[index])]
-        assert torch.equal(
-            gumbel_noise(1003, inputs_of(rows).picked(), purpose=0)[index], gumbel_noise(1003, inputs_of([row]).picked(), purpose=0)[0]
-        )
+        assert torch.equal(gumbel_noise(1003, inputs_of(rows), purpose=0)[index], gumbel_noise(1003, inputs_of([row]), purpose=0)[0])
 
 
 def test_draws_follow_the_softmax() -> None:
@@ -199,6 +197,21 @@ def test_drawing_without_a_sort_takes_the_token_that_the_sort_takes(vocab_size: 
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.3}, {"min_p": 0.9}, {"top_k": 90}, {"top_k": 1500}, {"top_p": 0.5, "min_p": 0.8}, {"top_k": 1500, "top_p": 0.2}],
+    ids=str,
+)
+def test_flat_rows_whose_groups_rule_out_little_draw_as_the_sort_does(options: dict[str, float]) -> None:
+    inputs = on_kernel_device(inputs_of([{**options, "seed": index, "position": index} for index in range(6)]))
+    logits = (logits_of(6, 5001) * 0.05).to(kernel_device())
+    logits[0] = 1.0
+    logits[1, 7:] = -math.inf  # fewer tokens than a group has
+    logits[2, 9:] = torch.finfo(torch.float32).min  # what some masks use for -inf
+    assert sample(logits, inputs, purpose=0).tolist() == sample_reference(logits, inputs, purpose=0).tolist()
+
+
+@pytest.mark.kernel
 def test_ties_are_kept_and_dropped_as_the_sort_does() -> None:
     rows = [{**options, "seed": index} for index, options in enumerate(list(FILTERS.values()) * 2)]
     inputs = on_kernel_device(inputs_of(rows))
@@ -220,20 +233,46 @@ def test_broken_rows_are_told_on_the_way_and_change_no_other() -> None:
 
 
 @pytest.mark.kernel
-def test_rows_find_their_numbers_anywhere_and_padding_draws_nothing() -> None:
-    columns = inputs_of([{"seed": index, **options} for index, options in enumerate(FILTERS.values())])
-    logits = logits_of(5, 129)
-    logits[4] = math.nan
-    rows = torch.tensor([6, -1, 2, 3, -1])
-    inputs = on_kernel_device(replace(columns, rows=rows))
-    broken, token_ids = torch.full((2, 5), 9, device=kernel_device())
-    assert sample(logits.to(kernel_device()), inputs, purpose=0, token_ids=token_ids, broken=broken) is token_ids
-    alone = [
-        int(sample(logits[i : i + 1].to(kernel_device()), on_kernel_device(replace(columns, rows=rows[i : i + 1])), purpose=0))
-        for i in (0, 2, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_read_their_own_place_and_padding_draws_nothing(dtype: torch.dtype) -> None:
+    columns = inputs_of([{**options, "seed": index, "position": index} for index, options in enumerate(FILTERS.values())])
+    places = [5, -1, 2, 2, 7, -1, 0]
+    logits = logits_of(len(places), 129).to(dtype)
+    logits[1], logits[4, 7] = math.nan, math.nan
+    expected = [
+        0 if place in (-1, 7) else int(sample_reference(logits[row : row + 1], replace(columns, rows=torch.tensor([place])), purpose=0))
+        for row, place in enumerate(places)
     ]
-    assert token_ids.tolist() == [alone[0], 0, alone[1], alone[2], 0]
-    assert broken.tolist() == [0] * 5
+    inputs = on_kernel_device(replace(columns, rows=torch.tensor(places)))
+    token_ids = torch.full((7,), -5, device=kernel_device())
+    broken = torch.ones(7, dtype=torch.bool, device=kernel_device())
+    assert sample(logits.to(kernel_device()), inputs, purpose=0, token_ids=token_ids, broken=broken) is token_ids
+    assert token_ids.tolist() == expected
+    assert broken.tolist() == [False, False, False, False, True, False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_captured_graph_draws_for_whatever_rows_come(dtype: torch.dtype) -> None:
+    """Capturing fails on anything that waits for the device."""
+    inputs = inputs_of([{**options, "seed": index, "position": index} for index, options in enumerate(FILTERS.values())])
+    logits = logits_of(4, 32000).to(dtype)
+    on_device, static = on_kernel_device(inputs_of([{}] * len(FILTERS))), logits.cuda()
+    token_ids = torch.empty(4, dtype=torch.int64, device="cuda")
+    broken = torch.empty(4, dtype=torch.bool, device="cuda")
+    on_device = replace(on_device, rows=on_device.rows[:4].clone())
+    sample(static, on_device, purpose=0, token_ids=token_ids, broken=broken)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sample(static, on_device, purpose=0, token_ids=token_ids, broken=broken)
+    for name in SamplingInputs.__slots__[1:]:
+        getattr(on_device, name).copy_(getattr(inputs, name))
+    for places in ([0, 1, 2, 3], [7, -1, 4, 6], [5, 5, 3, -1]):
+        on_device.rows.copy_(torch.tensor(places))
+        graph.replay()
+        expected = sample_reference(static, on_device, purpose=0)
+        assert token_ids.tolist() == expected.tolist()
+        assert not broken.any()
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from quire.common.errors import InternalError, NotSupported
 from quire.common.messages import Chunk, DrawPurpose, Grammar, RowAdd, RowErrorCode, SamplingState, StepPlan, StepResult
-from quire.kernels.sample import SamplingRow, gumbel_noise
+from quire.kernels.sample import SamplingInputs, gumbel_noise
 from quire.worker.models.transformers_model import TransformersModel
 
 NUM_TOKENS = 10
@@ -99,7 +99,9 @@ def test_a_token_is_drawn_with_the_noise_of_the_place_that_it_takes(make_runner:
     for offset, token_id in enumerate(tokens):
         position = len(prompt) + offset
         ones = torch.ones(1)
-        inputs = SamplingRow(ones, ones, ones, ones, ones, torch.tensor([9]), torch.tensor([2]), torch.tensor([position]))
+        inputs = SamplingInputs(
+            torch.tensor([0]), ones, ones, ones, ones, ones, torch.tensor([9]), torch.tensor([2]), torch.tensor([position])
+        )
         logits = models["tiny"].own_logits(torch.tensor(prompt + tokens[:offset]))[-1:]
         assert int((logits + gumbel_noise(4096, inputs, purpose=DrawPurpose.TARGET)).argmax()) == token_id
 

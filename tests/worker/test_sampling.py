@@ -28,7 +28,7 @@ from transformers import (
 
 from quire.common.errors import InternalError
 from quire.common.messages import Chunk, DrawPurpose, RowAdd, RowErrorCode, SamplingState
-from quire.kernels.sample import SamplingRow, gumbel_noise
+from quire.kernels.sample import SamplingInputs, gumbel_noise
 from quire.worker.models.transformers_model import TransformersModel
 from quire.worker.sampler import Draw
 
@@ -80,7 +80,7 @@ def noise(state: SamplingState, position: int) -> Tensor:
     """Of every token, for the draw at this position."""
     ones, seed = torch.ones(1), state.seed - 2**64 if state.seed >= 2**63 else state.seed
     key = (torch.tensor([seed]), torch.tensor([state.sequence_index]), torch.tensor([position]))
-    return gumbel_noise(VOCAB_SIZE, SamplingRow(ones, ones, ones, ones, ones, *key), purpose=DrawPurpose.TARGET)[0]
+    return gumbel_noise(VOCAB_SIZE, SamplingInputs(torch.tensor([0]), ones, ones, ones, ones, ones, *key), purpose=DrawPurpose.TARGET)[0]
 
 
 def expected_tokens(model: TransformersModel, prompt: Sequence[int], state: SamplingState, *, num_tokens: int) -> list[int]:
