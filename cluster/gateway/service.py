@@ -42,6 +42,11 @@ log = logging.getLogger("quire.gateway")
 # A client that takes nothing for so long is given up, and its request is cancelled. Until then its tokens wait in its stream.
 WRITE_STALL_TIMEOUT_S: Final = 30.0
 
+# Most bytes of the answer of Generate: gRPC's clients take messages of 4 MiB by default, of which ids, counts and times get a little.
+MAX_ANSWER_BYTES: Final = 4 * 2**20 - 64 * 2**10
+MAX_ID_BYTES: Final = 5  # of a token id in a message
+MESSAGE_HEAD_BYTES: Final = 4  # tag and length of a message inside another
+
 _FINISH_REASONS: Final = {EndReason.STOP: inference_pb2.FINISH_REASON_STOP, EndReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH}
 
 
@@ -70,20 +75,21 @@ class InferenceService(InferenceServiceServicer):
         self._clock = clock
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> inference_pb2.GenerateResponse:
-        async with self._call(context) as call, self._generation(request, call) as running:
+        async with self._call(context) as call, self._generation(request, call, is_whole=True) as running:
             collected = _Collected()
             while running.generation.account is None:
                 news = await running.generation.next_news()
                 if collected.is_empty:
                     collected.prompt_logprobs = await self._prompt_logprobs(running)
                 collected.add(news, running.logprobs(news))
+                collected.check_size()
                 await asyncio.sleep(0)  # the best of several come all at once, and the messages of log probabilities take time
         return running.whole_response(collected, now_s=self._clock())
 
     async def GenerateStream(  # type: ignore[override]  # written piece by piece, to notice a client that does not read
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> None:
-        async with self._call(context) as call, self._generation(request, call) as running:
+        async with self._call(context) as call, self._generation(request, call, is_whole=False) as running:
             is_first = True
             while running.generation.account is None:
                 news = await running.generation.next_news()
@@ -131,12 +137,12 @@ class InferenceService(InferenceServiceServicer):
         return self._request_timeout_s if remaining_s is None else max(0.0, min(remaining_s, self._request_timeout_s))
 
     @contextlib.asynccontextmanager
-    async def _generation(self, request: inference_pb2.GenerateRequest, call: "_Call") -> AsyncIterator["_Running"]:
+    async def _generation(self, request: inference_pb2.GenerateRequest, call: "_Call", *, is_whole: bool) -> AsyncIterator["_Running"]:
         """Validate, tokenize, submit; on the way out cancel what has not ended, and log how it did."""
         model = self._table().find(request.model)
         request_id = request_id_of(request)
         with self._gate.hold_request_id(request_id):
-            resolved, completions, submit = await self._workers.run(self._prepare, request, request_id, model, call)
+            resolved, completions, submit = await self._workers.run(self._prepare, request, request_id, model, call, is_whole=is_whole)
             stream = self._link.submit(submit)
             with Generation(
                 self._link, stream, resolved, completions, clock=self._clock, finish_timeout_s=self._finish_timeout_s
@@ -148,7 +154,7 @@ class InferenceService(InferenceServiceServicer):
                     self._log_end(running, submit)
 
     def _prepare(
-        self, request: inference_pb2.GenerateRequest, request_id: str, model: ServedModel, call: "_Call"
+        self, request: inference_pb2.GenerateRequest, request_id: str, model: ServedModel, call: "_Call", *, is_whole: bool
     ) -> tuple[ResolvedRequest, list[Completion], Submit]:
         """On a worker thread: everything whose cost grows with the request."""
         checked = check_fields(request, model, request_id=request_id)
@@ -160,6 +166,7 @@ class InferenceService(InferenceServiceServicer):
             limit=length_limit(model, scheduler_max_request_tokens=limits.max_request_tokens if limits else 0),
             vocab_size=model.vocab_size,
             drawn_seed=secrets.randbits(64),
+            is_whole=is_whole,
         )
         completions = start_completions(resolved, model)
         age_s = self._clock() - call.arrival_s
@@ -296,6 +303,7 @@ class _Collected:
     def __init__(self) -> None:
         self._completions: dict[int, inference_pb2.Completion] = {}
         self._texts: dict[int, list[str]] = {}
+        self._num_bytes = 0  # about, and not less than they take
         self.prompt_logprobs: list[inference_pb2.TokenLogprobs] = []
 
     @property
@@ -304,12 +312,30 @@ class _Collected:
 
     def add(self, news: News, logprobs: list[inference_pb2.TokenLogprobs]) -> None:
         """What follows of one sequence."""
+        self._num_bytes += len(news.piece.text.encode()) + MAX_ID_BYTES * len(news.piece.token_ids)
+        self._num_bytes += sum(entry.ByteSize() + MESSAGE_HEAD_BYTES for entry in logprobs)
         completion = self._completions.setdefault(news.index, inference_pb2.Completion(index=news.index))
         self._texts.setdefault(news.index, []).append(news.piece.text)
         completion.token_ids.extend(news.piece.token_ids)
         completion.logprobs.extend(logprobs)
         if news.end is not None:
             _set_end(completion, news.end)
+
+    def check_size(self) -> None:
+        """An answer that fits no message is given up at once, not when it is complete.
+
+        Raises:
+            InvalidRequest: it is too large; the client is told to stream.
+        """
+        num_bytes = self._num_bytes + sum(entry.ByteSize() + MESSAGE_HEAD_BYTES for entry in self.prompt_logprobs)
+        if num_bytes > MAX_ANSWER_BYTES:
+            num_tokens = sum(len(completion.token_ids) for completion in self._completions.values())
+            raise InvalidRequest(
+                f"the answer has {num_bytes} bytes after {num_tokens} tokens; one message takes {MAX_ANSWER_BYTES}; "
+                "lower n, max_tokens or logprobs, leave out echo_prompt, or call GenerateStream",
+                reason="ANSWER_TOO_LARGE",
+                metadata={"bytes": str(num_bytes), "max_bytes": str(MAX_ANSWER_BYTES), "tokens": str(num_tokens)},
+            )
 
     def completions(self) -> list[inference_pb2.Completion]:
         """All that came, by index."""

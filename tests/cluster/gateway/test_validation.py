@@ -9,6 +9,7 @@ import pytest
 from fake_scheduler import demo_files, model_entry
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from hosted_templates import TEMPLATES
 
 from quire.cluster.gateway.request_fields import HONOURED, MAX_ENTRIES, REFUSED, refuse_unsupported
 from quire.cluster.gateway.sequence_fields import SequenceCounts
@@ -38,7 +39,7 @@ def model() -> ServedModel:
 
 def served(**settings: Any) -> ServedModel:
     files = demo_files()
-    return load_served_model(model_entry(files, **({"logits_size": 4100} | settings)), files)
+    return load_served_model(model_entry(files, **({"logits_size": 4100} | settings)), files, TEMPLATES)
 
 
 def check(model: ServedModel, **fields: Any) -> CheckedFields:
@@ -140,7 +141,6 @@ def test_a_value_that_changes_nothing_is_taken(model: ServedModel, fields: dict[
     ("fields", "path"),
     [
         ({"adapter": "a"}, "adapter"),
-        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"structured_output": inference_pb2.StructuredOutput(regex="a")}, "structured_output.regex"),
     ],
 )
