@@ -62,7 +62,7 @@ MAX_GROUP_DEATHS: Final = 3
 
 _ROW_ERRORS: Final = {
     RowErrorCode.NOT_FINITE: "the model gave no finite probabilities; the weights or the number format may be at fault",
-    RowErrorCode.NO_ALLOWED_TOKEN: "every token is forbidden by the request's own limits; widen its allowed or bad tokens, bad words or min_tokens",
+    RowErrorCode.NO_ALLOWED_TOKEN: "every token is forbidden by the request's own limits; widen its allowed tokens, or bar fewer",
     RowErrorCode.GRAMMAR: "the grammar cannot go on",
 }
 
@@ -499,7 +499,7 @@ class Scheduler:
         assert request.beam is not None
         results = request.beam.results[: request.submit.n]
         if not results:
-            text = "no sequence is allowed by the request's own limits; widen its allowed or bad tokens, bad words or min_tokens"
+            text = "no sequence is allowed by the request's own limits; widen its allowed tokens, or bar fewer"
             self._fail(request, StatusCode.INVALID_ARGUMENT, RowErrorCode.NO_ALLOWED_TOKEN.name, text, retryable=False)
             return
         messages: list[SessionUp] = []
