@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
+from quire.cluster.gateway.answer_size import MIN_HEAD_BYTES, MIN_ID_BYTES, check_fits, check_num_bytes
 from quire.cluster.gateway.call_gate import CallGate
 from quire.cluster.gateway.completion import Completion
 from quire.cluster.gateway.discovery import RoutingTable
@@ -42,10 +43,7 @@ log = logging.getLogger("quire.gateway")
 # A client that takes nothing for so long is given up, and its request is cancelled. Until then its tokens wait in its stream.
 WRITE_STALL_TIMEOUT_S: Final = 30.0
 
-# Most bytes of the answer of Generate: gRPC's clients take messages of 4 MiB by default, of which ids, counts and times get a little.
-MAX_ANSWER_BYTES: Final = 4 * 2**20 - 64 * 2**10
-MAX_ID_BYTES: Final = 5  # of a token id in a message
-MESSAGE_HEAD_BYTES: Final = 4  # tag and length of a message inside another
+_WHOLE_ADVICE: Final = "lower n, max_tokens or logprobs, leave out echo_prompt, or call GenerateStream"
 
 _FINISH_REASONS: Final = {EndReason.STOP: inference_pb2.FINISH_REASON_STOP, EndReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH}
 
@@ -80,11 +78,13 @@ class InferenceService(InferenceServiceServicer):
             while running.generation.account is None:
                 news = await running.generation.next_news()
                 if collected.is_empty:
-                    collected.prompt_logprobs = await self._prompt_logprobs(running)
+                    collected.add_prompt(await self._prompt_logprobs(running))
                 collected.add(news, running.logprobs(news))
-                collected.check_size()
+                collected.check_fits()
                 await asyncio.sleep(0)  # the best of several come all at once, and the messages of log probabilities take time
-        return running.whole_response(collected, now_s=self._clock())
+            response = running.whole_response(collected, now_s=self._clock())
+            check_fits(response, advice=_WHOLE_ADVICE)
+        return response
 
     async def GenerateStream(  # type: ignore[override]  # written piece by piece, to notice a client that does not read
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -96,6 +96,7 @@ class InferenceService(InferenceServiceServicer):
                 prompt_logprobs = await self._prompt_logprobs(running) if is_first else []
                 is_first = False
                 response = running.stream_response(news, prompt_logprobs, now_s=self._clock())
+                check_fits(response, advice="leave out echo_prompt, lower logprobs, or shorten the prompt")
                 await write(context, response, timeout_s=self._write_stall_timeout_s)
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> inference_pb2.ListModelsResponse:
@@ -108,13 +109,17 @@ class InferenceService(InferenceServiceServicer):
         async with self._call(context):
             model = self._table().find(request.model)
             token_ids, rendered = await self._workers.run(_tokenize, request, model)
-        return inference_pb2.TokenizeResponse(token_ids=token_ids, rendered=rendered)
+            response = inference_pb2.TokenizeResponse(token_ids=token_ids, rendered=rendered)
+            check_fits(response, advice="shorten the text")
+        return response
 
     async def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Context) -> inference_pb2.DetokenizeResponse:
         async with self._call(context):
             model = self._table().find(request.model)
             text = await self._workers.run(_detokenize, request, model)
-        return inference_pb2.DetokenizeResponse(text=text)
+            response = inference_pb2.DetokenizeResponse(text=text)
+            check_fits(response, advice="send fewer token ids")
+        return response
 
     # -- what the calls share -----------------------------------------------------------------------------------------
 
@@ -303,17 +308,22 @@ class _Collected:
     def __init__(self) -> None:
         self._completions: dict[int, inference_pb2.Completion] = {}
         self._texts: dict[int, list[str]] = {}
-        self._num_bytes = 0  # about, and not less than they take
+        self._num_bytes = 0  # that they take in a message at least
         self.prompt_logprobs: list[inference_pb2.TokenLogprobs] = []
 
     @property
     def is_empty(self) -> bool:
         return not self._completions
 
+    def add_prompt(self, logprobs: list[inference_pb2.TokenLogprobs]) -> None:
+        """The prompt's, if there are any."""
+        self.prompt_logprobs = logprobs
+        self._num_bytes += _num_bytes(logprobs)
+
     def add(self, news: News, logprobs: list[inference_pb2.TokenLogprobs]) -> None:
         """What follows of one sequence."""
-        self._num_bytes += len(news.piece.text.encode()) + MAX_ID_BYTES * len(news.piece.token_ids)
-        self._num_bytes += sum(entry.ByteSize() + MESSAGE_HEAD_BYTES for entry in logprobs)
+        self._num_bytes += len(news.piece.text.encode()) + MIN_ID_BYTES * len(news.piece.token_ids)
+        self._num_bytes += _num_bytes(logprobs)
         completion = self._completions.setdefault(news.index, inference_pb2.Completion(index=news.index))
         self._texts.setdefault(news.index, []).append(news.piece.text)
         completion.token_ids.extend(news.piece.token_ids)
@@ -321,27 +331,23 @@ class _Collected:
         if news.end is not None:
             _set_end(completion, news.end)
 
-    def check_size(self) -> None:
+    def check_fits(self) -> None:
         """An answer that fits no message is given up at once, not when it is complete.
 
         Raises:
             InvalidRequest: it is too large; the client is told to stream.
         """
-        num_bytes = self._num_bytes + sum(entry.ByteSize() + MESSAGE_HEAD_BYTES for entry in self.prompt_logprobs)
-        if num_bytes > MAX_ANSWER_BYTES:
-            num_tokens = sum(len(completion.token_ids) for completion in self._completions.values())
-            raise InvalidRequest(
-                f"the answer has {num_bytes} bytes after {num_tokens} tokens; one message takes {MAX_ANSWER_BYTES}; "
-                "lower n, max_tokens or logprobs, leave out echo_prompt, or call GenerateStream",
-                reason="ANSWER_TOO_LARGE",
-                metadata={"bytes": str(num_bytes), "max_bytes": str(MAX_ANSWER_BYTES), "tokens": str(num_tokens)},
-            )
+        check_num_bytes(self._num_bytes, advice=_WHOLE_ADVICE)
 
     def completions(self) -> list[inference_pb2.Completion]:
         """All that came, by index."""
         for index, completion in self._completions.items():
             completion.text = "".join(self._texts[index])
         return [self._completions[index] for index in sorted(self._completions)]
+
+
+def _num_bytes(logprobs: list[inference_pb2.TokenLogprobs]) -> int:
+    return sum(entry.ByteSize() + MIN_HEAD_BYTES for entry in logprobs)
 
 
 def _set_end(answer: inference_pb2.GenerateStreamResponse | inference_pb2.Completion, end: SequenceEnd) -> None:

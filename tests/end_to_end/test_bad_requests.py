@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 import pytest
@@ -16,7 +16,8 @@ from serving import ServeProcess, wait_for
 from quire.client import AsyncClient, Client
 from quire.client.rpc_errors import error_from_rpc
 from quire.common.errors import InvalidRequest, QuireError
-from quire.v1 import inference_pb2, inference_pb2_grpc
+from quire.v1 import inference_pb2_grpc
+from quire.v1.inference_pb2 import GenerateRequest, SamplingParams, StoppingParams
 
 CALL_TIMEOUT_S: Final = 30.0
 FREE_TIMEOUT_S: Final = 10.0
@@ -86,7 +87,7 @@ def refused(call: Callable[[], Any]) -> QuireError:
     with pytest.raises((QuireError, grpc.RpcError)) as caught:
         call()
     error = caught.value
-    return error if isinstance(error, QuireError) else error_from_rpc(error, address="", timeout_s=CALL_TIMEOUT_S)
+    return error_from_rpc(error, address="", timeout_s=CALL_TIMEOUT_S) if isinstance(error, grpc.RpcError) else cast(QuireError, error)
 
 
 async def refused_async(address: str, case: BadRequest) -> QuireError:
@@ -191,29 +192,31 @@ def test_bytes_that_are_no_message_or_an_odd_one_break_nothing(cluster: Cluster,
     """Half of them are a good request with some bytes changed."""
     rng = random.Random(seed)
     body = bytearray(
-        inference_pb2.GenerateRequest(text=PROMPT, stopping={"max_tokens": 2}, sampling={"temperature": 0.5}).SerializeToString()
+        GenerateRequest(text=PROMPT, stopping=StoppingParams(max_tokens=2), sampling=SamplingParams(temperature=0.5)).SerializeToString()
     )
     if seed % 2:
         for _ in range(rng.randint(1, 6)):
             body[rng.randrange(len(body))] = rng.randrange(256)
     else:
         body = bytearray(rng.randbytes(rng.choice((1, 7, 100, 5000))))
-    call = cluster.channel.unary_unary(f"/quire.v1.InferenceService/{method}")
+    call: Any = cluster.channel.unary_unary(f"/quire.v1.InferenceService/{method}")
     with contextlib.suppress(grpc.RpcError):  # a changed byte may still leave a good request
         call(bytes(body), timeout=CALL_TIMEOUT_S)
     cluster.check()
 
 
 def test_messages_and_headers_beyond_the_limit_are_refused_by_the_transport(cluster: Cluster) -> None:
-    request = inference_pb2.GenerateRequest(text=MARKER * 500_000)
-    for call in (
+    request = GenerateRequest(text=MARKER * 500_000)
+    calls: tuple[Callable[[], Any], ...] = (
         lambda: cluster.stub.Generate(request, timeout=CALL_TIMEOUT_S),
-        lambda: cluster.stub.Generate(inference_pb2.GenerateRequest(text="x"), timeout=CALL_TIMEOUT_S, metadata=[("x-long", "y" * 40_000)]),
-    ):
+        lambda: cluster.stub.Generate(GenerateRequest(text="x"), timeout=CALL_TIMEOUT_S, metadata=(("x-long", "y" * 40_000),)),
+    )
+    for call in calls:
         with pytest.raises(grpc.RpcError) as caught:
             call()
-        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert MARKER not in str(caught.value.details())
+        error: Any = caught.value
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert MARKER not in str(error.details())
     cluster.check()
 
 

@@ -89,8 +89,9 @@ def user(content: str = PROMPT, **more: Any) -> dict[str, Any]:
 
 def _lengths() -> list[BadRequest]:
     """Prompts and completions that are empty or too long, also by defaults."""
-    empty, long = {"reason": "EMPTY_PROMPT"}, {"reason": "PROMPT_TOO_LONG"}
-    too_long = {"reason": "REQUEST_TOO_LONG"}
+    empty: dict[str, Any] = {"reason": "EMPTY_PROMPT"}
+    long: dict[str, Any] = {"reason": "PROMPT_TOO_LONG"}
+    too_long: dict[str, Any] = {"reason": "REQUEST_TOO_LONG"}
     return [
         BadRequest("empty text", "text is empty; give it at least one", prompt="", **empty),
         BadRequest("empty token ids", "token_ids is empty; give it at least one", prompt=(), **empty),
@@ -119,8 +120,8 @@ def _lengths() -> list[BadRequest]:
 
 def _token_ids() -> list[BadRequest]:
     """Ids that the model has no row for, too many of them, and too few to draw from."""
-    wrong = {"reason": "UNKNOWN_TOKEN_ID"}
-    none_left = {"reason": "NO_ALLOWED_TOKEN"}
+    wrong: dict[str, Any] = {"reason": "UNKNOWN_TOKEN_ID"}
+    none_left: dict[str, Any] = {"reason": "NO_ALLOWED_TOKEN"}
     cases = []
     for token_id in (VOCABULARY, 2**31, 2**32 - 1):
         words = f"token id {token_id}; this model's ids are below {VOCABULARY}"
@@ -225,7 +226,7 @@ def _texts() -> list[BadRequest]:
 
 def _chats() -> list[BadRequest]:
     """Conversations and their tools."""
-    bad_json = {"reason": "INVALID_JSON"}
+    bad_json: dict[str, Any] = {"reason": "INVALID_JSON"}
     deep = json.loads("[" * 70 + "]" * 70)
     nested = '{"a":' * 300 + "1" + "}" * 300
     tool = {"type": "function", "function": {"name": MARKER}}

@@ -186,6 +186,10 @@ def test_a_template_that_refuses_is_quoted_and_one_that_fails_is_not() -> None:
     with pytest.raises(InvalidRequest, match="must alternate") as refused:
         encode_chat(load(small_tokenizers.llama_like), [{"role": "assistant", "content": "secret"}])
     assert refused.value.reason == "CHAT_TEMPLATE_REFUSED"
+    quoting = ChatTemplate({"default": "{{ raise_exception('no ' ~ messages[0].content) }}"}, {})
+    with pytest.raises(InvalidRequest, match="its words hold a part of it and are not repeated") as refused:
+        quoting.render([{"role": "user", "content": "secret"}], tools=None, add_generation_prompt=True, max_chars=100)
+    assert "secret" not in refused.value.message
     template = ChatTemplate({"default": "{{ messages[0].content / 2 }}"}, {})
     with pytest.raises(InvalidRequest, match="TypeError") as failed:
         template.render([{"role": "user", "content": "secret"}], tools=None, add_generation_prompt=True, max_chars=100)

@@ -53,6 +53,21 @@ def resolved(model: ServedModel, num_prompt_tokens: int = 10, **fields: Any) -> 
     return resolve(check(model, **fields), [5] * num_prompt_tokens, limit=LIMIT, vocab_size=4096, drawn_seed=77)
 
 
+def test_a_prompt_is_cut_to_its_last_tokens_before_anything_is_counted(model: ServedModel) -> None:
+    ids = list(range(3, 3003))
+    fields: dict[str, Any] = {"token_ids": TokenIds(ids=ids), "truncate_prompt_tokens": 40}
+    checked = check(model, **fields)
+    assert checked.prompt == tuple(ids[-40:])
+    cut = resolve(checked, ids[-40:], limit=LIMIT, vocab_size=4096, drawn_seed=1)
+    assert (cut.prompt_ids, cut.max_tokens) == (tuple(ids[-40:]), 60)
+    text = check(model, text="hello", truncate_prompt_tokens=2)
+    assert resolve(text, [7, 8, 9], limit=LIMIT, vocab_size=4096, drawn_seed=1).prompt_ids == (8, 9)
+    assert resolve(text, [9], limit=LIMIT, vocab_size=4096, drawn_seed=1).prompt_ids == (9,)
+    for count in (0, 2049, 2**32 - 1):
+        with pytest.raises(InvalidRequest, match=f"truncate_prompt_tokens is {count}; it takes 1 to 2048"):
+            check(model, text="hello", truncate_prompt_tokens=count)
+
+
 # -- every field of the request is either honoured or refused by name -------------------------------------------------
 
 
