@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, Final
 from quire.cluster.gateway.chat_template import ChatTemplate
 from quire.common.errors import QuireError
 
-MAX_MEMORY_BYTES: Final = 512 * 2**20  # address space; an idle process takes 40 MiB of it (2-core x86 machine, 2026-11-25)
-# Processor time of one reply. 2,048 messages of together a megabyte take 0.03 s with the demo's template (same machine and date).
+MAX_MEMORY_BYTES: Final = 512 * 2**20  # address space; an idle process takes 25 MiB of it (2-core x86 machine, 2026-11-25)
+# Processor time of one reply. 2,048 turns with a megabyte of text take 0.02 s (same machine and date).
 MAX_CPU_S: Final = 1.0
 OUT_OF_MEMORY: Final = 3  # exit code: what is left of the process is not to be trusted with another conversation
 

@@ -21,7 +21,7 @@ NUM_PROCESSES: Final = 2
 # Longest wait for a process that is free, where more threads ask than there are processes.
 WAIT_TIMEOUT_S: Final = 5.0
 # From a message to its reply. What runs away is ended by its processor time (MAX_CPU_S) long before, unless the machine is so
-# busy that it gets none; starting a process, which takes 0.2 s, is inside.
+# busy that it gets none; the start of the process, which takes 0.07 s (2-core x86 machine, 2026-11-25), is inside.
 REPLY_TIMEOUT_S: Final = 5.0
 # Of one reply: requests have 4 MiB, templates add little, and JSON writes a character in at most 12 bytes.
 MAX_REPLY_BYTES: Final = 64 * 2**20
@@ -47,7 +47,7 @@ class HostedTemplate:
 
         Raises:
             InvalidRequest: the template refuses the conversation, fails on it, or needs more time, memory or text than it may.
-            Overloaded, Unavailable: no process is free, or none can be started.
+            Overloaded, Unavailable: no process is free, none can be started, or the machine is too busy for it.
         """
         conversation = {
             "messages": messages,
@@ -109,7 +109,8 @@ class TemplateProcesses:
 
         Raises:
             ConfigError: the template cannot be compiled.
-            Overloaded, Unavailable: no process is free, or none can be started.
+            Overloaded, Unavailable: as `HostedTemplate.render`.
+            _Died: what the template does has ended the process.
         """
         if not self._free.acquire(timeout=WAIT_TIMEOUT_S):
             text = f"{self._num_processes} processes render conversations and none became free in {WAIT_TIMEOUT_S:g} s; try again"
@@ -174,7 +175,7 @@ class TemplateProcesses:
 
 
 class _Died(Exception):
-    """The process ended, or had to be ended, before it replied."""
+    """The process ended before it replied."""
 
     def __init__(self, why: str, *, reason: str, metadata: Mapping[str, str]) -> None:
         super().__init__(why)
@@ -215,7 +216,8 @@ class _Process:
         """The reply to a message.
 
         Raises:
-            _Died: there is none; the process is of no more use.
+            _Died: there is none, because the process has ended.
+            Unavailable: there was none in time. In both cases the process is of no more use.
         """
         deadline_s = time.monotonic() + timeout_s
         unsent = memoryview(encode_message(dict(message)))
@@ -233,7 +235,9 @@ class _Process:
         except BrokenPipeError:
             raise self._death(timeout_s) from None
         except TimeoutError:
-            raise _ran_out(f"took longer than {timeout_s:g} s", "timeout_s", timeout_s) from None
+            text = f"the conversation could not be rendered within {timeout_s:g} s; this machine is busy; try again"
+            numbers = {"timeout_s": f"{timeout_s:g}"}
+            raise Unavailable(text, reason="TEMPLATE_TIMEOUT", metadata=numbers, retry_after_s=RETRY_AFTER_S) from None
         answer: dict[str, Any] = json.loads(reply[4:])
         return answer
 
@@ -258,12 +262,9 @@ class _Process:
         except subprocess.TimeoutExpired:  # it closed its pipe and lives on
             code = None
         if code == -signal.SIGPROF:
-            return _ran_out(f"took more than {MAX_CPU_S:g} s of processor time", "max_cpu_s", MAX_CPU_S)
+            text = f"took more than {MAX_CPU_S:g} s of processor time"
+            return _Died(text, reason="CHAT_TEMPLATE_TIMEOUT", metadata={"max_cpu_s": f"{MAX_CPU_S:g}"})
         if code == OUT_OF_MEMORY:
             text = f"took more than {MAX_MEMORY_BYTES // 2**20} MiB of memory"
             return _Died(text, reason="CHAT_TEMPLATE_MEMORY", metadata={"max_memory_bytes": str(MAX_MEMORY_BYTES)})
         return _Died(f"ended its process (exit code {code})", reason="CHAT_TEMPLATE_FAILED", metadata={"exit_code": str(code)})
-
-
-def _ran_out(why: str, name: str, limit_s: float) -> _Died:
-    return _Died(why, reason="CHAT_TEMPLATE_TIMEOUT", metadata={name: f"{limit_s:g}"})
