@@ -217,7 +217,7 @@ class _Process:
 
         Raises:
             _Died: there is none, because the process has ended.
-            Unavailable: there was none in time. In both cases the process is of no more use.
+            Unavailable: there was none in time, or somebody else ended the process. In each case it is of no more use.
         """
         deadline_s = time.monotonic() + timeout_s
         unsent = memoryview(encode_message(dict(message)))
@@ -255,8 +255,8 @@ class _Process:
         if not poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
             raise TimeoutError
 
-    def _death(self, timeout_s: float) -> _Died:
-        """Why it ended."""
+    def _death(self, timeout_s: float) -> _Died | Unavailable:
+        """Why it ended: by what the template does, or for reasons of the machine's."""
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:  # it closed its pipe and lives on
@@ -267,4 +267,7 @@ class _Process:
         if code == OUT_OF_MEMORY:
             text = f"took more than {MAX_MEMORY_BYTES // 2**20} MiB of memory"
             return _Died(text, reason="CHAT_TEMPLATE_MEMORY", metadata={"max_memory_bytes": str(MAX_MEMORY_BYTES)})
+        if code in {-signal.SIGKILL, -signal.SIGTERM}:
+            text = f"the process that renders conversations was ended from outside (signal {-code}); try again"
+            return Unavailable(text, reason="TEMPLATE_PROCESS_LOST", metadata={"signal": str(-code)}, retry_after_s=RETRY_AFTER_S)
         return _Died(f"ended its process (exit code {code})", reason="CHAT_TEMPLATE_FAILED", metadata={"exit_code": str(code)})
