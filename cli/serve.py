@@ -16,6 +16,7 @@ from quire.cluster.controller.listen_address import check_listen_address
 from quire.cluster.controller.ray_environment import prepare_local_ray
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.cluster.gateway.served_model import load_served_model
+from quire.cluster.gateway.template_processes import TemplateProcesses
 from quire.common.config import ModelConfig, ModelPlan, ServeConfig, config_as_dict, plan_model, resolve_config, setting_type
 from quire.common.errors import ConfigError
 from quire.common.files import write_json_atomically
@@ -99,7 +100,9 @@ def check_tokenizer(plan: ModelPlan) -> None:
             "measure without a gateway: quire bench engine --model-config FOLDER --dummy-weights",
             reason="NO_TOKENIZER_JSON",
         )
-    load_served_model(served_model(plan, files, max_request_tokens=0), {file.name: file.path.read_bytes() for file in files})
+    contents = {file.name: file.path.read_bytes() for file in files}
+    with TemplateProcesses(num_processes=1) as templates:
+        load_served_model(served_model(plan, files, max_request_tokens=0), contents, templates)
 
 
 def _own_command() -> str:

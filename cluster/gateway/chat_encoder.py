@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from quire.cluster.gateway.chat_template import ChatTemplate
+from quire.cluster.gateway.template_processes import HostedTemplate
 from quire.cluster.gateway.tokenization import PromptTokenizer, check_encodable
 from quire.common.errors import InvalidRequest
 
@@ -24,7 +24,7 @@ class ChatEncoder:
     template's: they are written by their escapes, the private characters go, and the rest is plain text.
     """
 
-    def __init__(self, template: ChatTemplate, tokenizer: PromptTokenizer) -> None:
+    def __init__(self, template: HostedTemplate, tokenizer: PromptTokenizer) -> None:
         self._template = template
         self._tokenizer = tokenizer
         self._special = sorted(tokenizer.escapes, key=len, reverse=True)

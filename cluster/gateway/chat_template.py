@@ -16,7 +16,7 @@ MAX_MESSAGE_CHARS: Final = 200
 
 
 class ChatTemplate:
-    """Renders conversations. Safe to use from several threads."""
+    """Renders conversations. Only sandboxed: what it may take of time and memory is limited by the process (template_child)."""
 
     def __init__(self, sources: Mapping[str, str], named_tokens: Mapping[str, Any]) -> None:
         """sources: templates by name; "default" is one of them or the only one."""
@@ -57,11 +57,12 @@ class ChatTemplate:
                     )
                 pieces.append(piece)
         except _Refusal as refusal:
-            text = str(refusal.message)[:MAX_MESSAGE_CHARS]
             raise InvalidRequest(
-                f"the chat template refuses this conversation: {text}", reason="CHAT_TEMPLATE_REFUSED", field="chat.messages"
+                f"the chat template refuses this conversation{self._own_words(str(refusal.message))}",
+                reason="CHAT_TEMPLATE_REFUSED",
+                field="chat.messages",
             ) from None
-        except InvalidRequest:
+        except (InvalidRequest, MemoryError):  # memory is for the process to judge
             raise
         except Exception as error:  # a template is a program of the model's authors, and this conversation is more than it can do
             raise InvalidRequest(
@@ -70,6 +71,12 @@ class ChatTemplate:
                 field="chat.messages",
             ) from None
         return "".join(pieces)
+
+    def _own_words(self, message: str) -> str:
+        """A refusal's words as far as the template's source has them: what else is in them is the conversation's."""
+        if message in self.source:
+            return f": {message[:MAX_MESSAGE_CHARS]}"
+        return "; its words hold a part of it and are not repeated"
 
 
 def template_sources(tokenizer_config: Mapping[str, Any], jinja_file: str | None) -> dict[str, str]:

@@ -119,7 +119,7 @@ class DiscoveryWatcher:
         if former is not None and former_hashes == hashes:
             return hashes, make_served_model(entry, former.tokenizer, former.chat)
         files = {file.name: await self._fetch(file) for file in entry.files}
-        return hashes, await self._workers.run(load_served_model, entry, files)
+        return hashes, await self._workers.run(load_served_model, entry, files, self._workers.templates)
 
     async def _fetch(self, file: discovery_pb2.ModelFile) -> bytes:
         """A file's contents.

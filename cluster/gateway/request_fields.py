@@ -29,6 +29,7 @@ HONOURED: Final = frozenset(
         "chat.add_generation_prompt",
         "add_special_tokens",
         "parse_special_tokens",
+        "truncate_prompt_tokens",
         "sampling",
         "sampling.temperature",
         "sampling.top_p",
@@ -72,7 +73,6 @@ HONOURED: Final = frozenset(
 # Fields that no code honours yet, with the values that change nothing and are therefore taken.
 REFUSED: Final[Mapping[str, tuple[object, ...]]] = {
     "adapter": ("",),
-    "truncate_prompt_tokens": (),
     "structured_output": (),
 }
 

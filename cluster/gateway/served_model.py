@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quire.cluster.gateway.chat_encoder import ChatEncoder
-from quire.cluster.gateway.chat_template import ChatTemplate, template_sources
+from quire.cluster.gateway.chat_template import template_sources
+from quire.cluster.gateway.template_processes import TemplateProcesses
 from quire.cluster.gateway.tokenization import PromptTokenizer
 from quire.common.errors import ConfigError
 from quire.internal.v1 import discovery_pb2
@@ -37,7 +38,7 @@ class ServedModel:
         return tuple(self.public.eos_token_ids)
 
 
-def load_served_model(entry: discovery_pb2.ServedModel, files: Mapping[str, bytes]) -> ServedModel:
+def load_served_model(entry: discovery_pb2.ServedModel, files: Mapping[str, bytes], templates: TemplateProcesses) -> ServedModel:
     """Build it from its entry in the routing table and its files by name. Takes a second for a large vocabulary.
 
     Raises:
@@ -52,8 +53,12 @@ def load_served_model(entry: discovery_pb2.ServedModel, files: Mapping[str, byte
         jinja_file = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else None
         sources = template_sources(config, jinja_file)
         special = {**tokenizer.named_tokens, "additional_special_tokens": list(config.get("additional_special_tokens") or [])}
-        chat = ChatEncoder(ChatTemplate(sources, special), tokenizer) if sources else None
-    except Exception as error:  # tokenizers raises plain Exception, jinja2 and json their own
+        chat = ChatEncoder(templates.load(sources, special), tokenizer) if sources else None
+    except ConfigError as error:
+        raise ConfigError(
+            f"the tokenizer files of model {name} cannot be used: {error.message}", reason=error.reason, metadata=error.metadata
+        ) from None
+    except Exception as error:  # tokenizers raises plain Exception, json its own
         raise ConfigError(f"the tokenizer files of model {name} cannot be used: {type(error).__name__}: {error}") from None
     return make_served_model(entry, tokenizer, chat)
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
+from quire.cluster.gateway.answer_size import MIN_HEAD_BYTES, MIN_ID_BYTES, check_fits, check_num_bytes
 from quire.cluster.gateway.call_gate import CallGate
 from quire.cluster.gateway.completion import Completion
 from quire.cluster.gateway.discovery import RoutingTable
@@ -42,6 +43,8 @@ log = logging.getLogger("quire.gateway")
 # A client that takes nothing for so long is given up, and its request is cancelled. Until then its tokens wait in its stream.
 WRITE_STALL_TIMEOUT_S: Final = 30.0
 
+_WHOLE_ADVICE: Final = "lower n, max_tokens or logprobs, leave out echo_prompt, or call GenerateStream"
+
 _FINISH_REASONS: Final = {EndReason.STOP: inference_pb2.FINISH_REASON_STOP, EndReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH}
 
 
@@ -70,26 +73,30 @@ class InferenceService(InferenceServiceServicer):
         self._clock = clock
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> inference_pb2.GenerateResponse:
-        async with self._call(context) as call, self._generation(request, call) as running:
+        async with self._call(context) as call, self._generation(request, call, is_whole=True) as running:
             collected = _Collected()
             while running.generation.account is None:
                 news = await running.generation.next_news()
                 if collected.is_empty:
-                    collected.prompt_logprobs = await self._prompt_logprobs(running)
+                    collected.add_prompt(await self._prompt_logprobs(running))
                 collected.add(news, running.logprobs(news))
+                collected.check_fits()
                 await asyncio.sleep(0)  # the best of several come all at once, and the messages of log probabilities take time
-        return running.whole_response(collected, now_s=self._clock())
+            response = running.whole_response(collected, now_s=self._clock())
+            check_fits(response, advice=_WHOLE_ADVICE)
+        return response
 
     async def GenerateStream(  # type: ignore[override]  # written piece by piece, to notice a client that does not read
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> None:
-        async with self._call(context) as call, self._generation(request, call) as running:
+        async with self._call(context) as call, self._generation(request, call, is_whole=False) as running:
             is_first = True
             while running.generation.account is None:
                 news = await running.generation.next_news()
                 prompt_logprobs = await self._prompt_logprobs(running) if is_first else []
                 is_first = False
                 response = running.stream_response(news, prompt_logprobs, now_s=self._clock())
+                check_fits(response, advice="leave out echo_prompt, lower logprobs, or shorten the prompt")
                 await write(context, response, timeout_s=self._write_stall_timeout_s)
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> inference_pb2.ListModelsResponse:
@@ -102,13 +109,17 @@ class InferenceService(InferenceServiceServicer):
         async with self._call(context):
             model = self._table().find(request.model)
             token_ids, rendered = await self._workers.run(_tokenize, request, model)
-        return inference_pb2.TokenizeResponse(token_ids=token_ids, rendered=rendered)
+            response = inference_pb2.TokenizeResponse(token_ids=token_ids, rendered=rendered)
+            check_fits(response, advice="shorten the text")
+        return response
 
     async def Detokenize(self, request: inference_pb2.DetokenizeRequest, context: Context) -> inference_pb2.DetokenizeResponse:
         async with self._call(context):
             model = self._table().find(request.model)
             text = await self._workers.run(_detokenize, request, model)
-        return inference_pb2.DetokenizeResponse(text=text)
+            response = inference_pb2.DetokenizeResponse(text=text)
+            check_fits(response, advice="send fewer token ids")
+        return response
 
     # -- what the calls share -----------------------------------------------------------------------------------------
 
@@ -131,12 +142,12 @@ class InferenceService(InferenceServiceServicer):
         return self._request_timeout_s if remaining_s is None else max(0.0, min(remaining_s, self._request_timeout_s))
 
     @contextlib.asynccontextmanager
-    async def _generation(self, request: inference_pb2.GenerateRequest, call: "_Call") -> AsyncIterator["_Running"]:
+    async def _generation(self, request: inference_pb2.GenerateRequest, call: "_Call", *, is_whole: bool) -> AsyncIterator["_Running"]:
         """Validate, tokenize, submit; on the way out cancel what has not ended, and log how it did."""
         model = self._table().find(request.model)
         request_id = request_id_of(request)
         with self._gate.hold_request_id(request_id):
-            resolved, completions, submit = await self._workers.run(self._prepare, request, request_id, model, call)
+            resolved, completions, submit = await self._workers.run(self._prepare, request, request_id, model, call, is_whole=is_whole)
             stream = self._link.submit(submit)
             with Generation(
                 self._link, stream, resolved, completions, clock=self._clock, finish_timeout_s=self._finish_timeout_s
@@ -148,7 +159,7 @@ class InferenceService(InferenceServiceServicer):
                     self._log_end(running, submit)
 
     def _prepare(
-        self, request: inference_pb2.GenerateRequest, request_id: str, model: ServedModel, call: "_Call"
+        self, request: inference_pb2.GenerateRequest, request_id: str, model: ServedModel, call: "_Call", *, is_whole: bool
     ) -> tuple[ResolvedRequest, list[Completion], Submit]:
         """On a worker thread: everything whose cost grows with the request."""
         checked = check_fields(request, model, request_id=request_id)
@@ -160,6 +171,7 @@ class InferenceService(InferenceServiceServicer):
             limit=length_limit(model, scheduler_max_request_tokens=limits.max_request_tokens if limits else 0),
             vocab_size=model.vocab_size,
             drawn_seed=secrets.randbits(64),
+            is_whole=is_whole,
         )
         completions = start_completions(resolved, model)
         age_s = self._clock() - call.arrival_s
@@ -296,14 +308,22 @@ class _Collected:
     def __init__(self) -> None:
         self._completions: dict[int, inference_pb2.Completion] = {}
         self._texts: dict[int, list[str]] = {}
+        self._num_bytes = 0  # that they take in a message at least
         self.prompt_logprobs: list[inference_pb2.TokenLogprobs] = []
 
     @property
     def is_empty(self) -> bool:
         return not self._completions
 
+    def add_prompt(self, logprobs: list[inference_pb2.TokenLogprobs]) -> None:
+        """The prompt's, if there are any."""
+        self.prompt_logprobs = logprobs
+        self._num_bytes += _num_bytes(logprobs)
+
     def add(self, news: News, logprobs: list[inference_pb2.TokenLogprobs]) -> None:
         """What follows of one sequence."""
+        self._num_bytes += len(news.piece.text.encode()) + MIN_ID_BYTES * len(news.piece.token_ids)
+        self._num_bytes += _num_bytes(logprobs)
         completion = self._completions.setdefault(news.index, inference_pb2.Completion(index=news.index))
         self._texts.setdefault(news.index, []).append(news.piece.text)
         completion.token_ids.extend(news.piece.token_ids)
@@ -311,11 +331,23 @@ class _Collected:
         if news.end is not None:
             _set_end(completion, news.end)
 
+    def check_fits(self) -> None:
+        """An answer that fits no message is given up at once, not when it is complete.
+
+        Raises:
+            InvalidRequest: it is too large; the client is told to stream.
+        """
+        check_num_bytes(self._num_bytes, advice=_WHOLE_ADVICE)
+
     def completions(self) -> list[inference_pb2.Completion]:
         """All that came, by index."""
         for index, completion in self._completions.items():
             completion.text = "".join(self._texts[index])
         return [self._completions[index] for index in sorted(self._completions)]
+
+
+def _num_bytes(logprobs: list[inference_pb2.TokenLogprobs]) -> int:
+    return sum(entry.ByteSize() + MIN_HEAD_BYTES for entry in logprobs)
 
 
 def _set_end(answer: inference_pb2.GenerateStreamResponse | inference_pb2.Completion, end: SequenceEnd) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, ParamSpec, TypeVar
 
+from quire.cluster.gateway.template_processes import TemplateProcesses
 from quire.common.errors import Overloaded, Unavailable
 
 P = ParamSpec("P")
@@ -20,10 +21,11 @@ RETRY_AFTER_S: Final = 1.0
 
 
 class TextWorkers:
-    """A bounded pool of threads."""
+    """A bounded pool of threads, and the processes in which their chat templates run."""
 
     def __init__(self, *, num_threads: int = NUM_THREADS, max_jobs: int = MAX_JOBS, timeout_s: float = JOB_TIMEOUT_S) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="text")
+        self.templates = TemplateProcesses(num_processes=num_threads)
         self._max_jobs = max_jobs
         self._timeout_s = timeout_s
         self._num_jobs = 0  # touched on the event loop alone
@@ -52,6 +54,7 @@ class TextWorkers:
     def close(self) -> None:
         """Forget waiting jobs and do not wait for running ones."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.templates.close()
 
     def _on_done(self, loop: asyncio.AbstractEventLoop, _: Future[Any]) -> None:
         if not loop.is_closed():

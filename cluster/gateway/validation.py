@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from quire.cluster.gateway.field_checks import check_token_ids
+from quire.cluster.gateway.field_checks import check_token_ids, in_range
 from quire.cluster.gateway.request_fields import refuse_unsupported
 from quire.cluster.gateway.sampling_fields import bad_words, check_drawable, sampling_state
 from quire.cluster.gateway.sequence_fields import SequenceCounts, check_fits_beams, sequence_counts
@@ -31,6 +31,8 @@ MAX_ROLE_CHARS: Final = 64
 # Entries (tokens and the most likely ones beside them) of the log probabilities of a prompt, about 30 bytes each: they travel in
 # one message, and clients take 4 MiB by default.
 MAX_PROMPT_ENTRIES: Final = 65_536
+# The same for a whole answer, the prompt's and those of the most tokens that may come: 64 bytes for each are left.
+MAX_ANSWER_ENTRIES: Final = 65_536
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -58,6 +60,7 @@ class CheckedFields:
 
     request_id: str
     prompt: Prompt
+    truncate_prompt_tokens: int | None  # keep this many last ones; token ids are cut already
     sampling: SamplingState  # seed and min_tokens are as the client gave them, else 0
     counts: SequenceCounts
     priority: int  # 1 low, 2 normal, 3 high
@@ -122,7 +125,8 @@ def check_fields(request: inference_pb2.GenerateRequest, model: ServedModel, *, 
         NotSupported: a field is set that no code honours yet.
         InvalidRequest: a value is outside its limits.
     """
-    if len(request.token_ids.ids) > model.max_model_len:  # before millions of them are looked at
+    truncate_prompt_tokens = _truncate_prompt_tokens(request, model)
+    if truncate_prompt_tokens is None and len(request.token_ids.ids) > model.max_model_len:  # before millions of them are looked at
         raise _too_long(len(request.token_ids.ids), LengthLimit(model.max_model_len, "max_model_len"))
     refuse_unsupported(request)
     stopping, output = request.stopping, request.output
@@ -138,6 +142,7 @@ def check_fields(request: inference_pb2.GenerateRequest, model: ServedModel, *, 
     return CheckedFields(
         request_id=request_id,
         prompt=_prompt(request, model),
+        truncate_prompt_tokens=truncate_prompt_tokens,
         sampling=replace(sampling, bad_ids=tuple(dict.fromkeys((*sampling.bad_ids, *bad_ids))), bad_sequences=bad_sequences),
         counts=counts,
         priority=_priority(request),
@@ -170,12 +175,19 @@ def encode_prompt(prompt: Prompt, model: ServedModel) -> tuple[list[int], str | 
             return list(prompt), None
 
 
-def resolve(checked: CheckedFields, prompt_ids: Sequence[int], *, limit: LengthLimit, vocab_size: int, drawn_seed: int) -> ResolvedRequest:
-    """Decide what depends on the prompt's length. `drawn_seed` is for a client that gave none.
+def resolve(
+    checked: CheckedFields, prompt_ids: Sequence[int], *, limit: LengthLimit, vocab_size: int, drawn_seed: int, is_whole: bool = False
+) -> ResolvedRequest:
+    """Decide what depends on the prompt's length.
+
+    drawn_seed: for a client that gave none.
+    is_whole:   the answer is one message, not a stream of them.
 
     Raises:
         InvalidRequest: the prompt is empty or holds unknown ids, or the lengths do not fit.
     """
+    if checked.truncate_prompt_tokens is not None:
+        prompt_ids = prompt_ids[-checked.truncate_prompt_tokens :]
     check_token_ids(prompt_ids, below=vocab_size, field="token_ids.ids", what="prompt")
     if not prompt_ids:
         raise InvalidRequest("the prompt has no tokens; give it at least one", reason="EMPTY_PROMPT")
@@ -188,6 +200,8 @@ def resolve(checked: CheckedFields, prompt_ids: Sequence[int], *, limit: LengthL
             metadata={"min_tokens": str(min_tokens), "max_tokens": str(max_tokens)},
         )
     _check_prompt_entries(checked.sampling.num_prompt_logprobs, num_prompt_tokens=len(prompt_ids))
+    if is_whole:
+        _check_answer_entries(checked, num_prompt_tokens=len(prompt_ids))
     return ResolvedRequest(
         request_id=checked.request_id,
         prompt_ids=tuple(prompt_ids),
@@ -279,7 +293,14 @@ def _prompt(request: inference_pb2.GenerateRequest, model: ServedModel) -> Promp
     ids = request.token_ids.ids
     if not ids:
         raise InvalidRequest("token_ids is empty; give it at least one id", reason="EMPTY_PROMPT", field="token_ids.ids")
-    return tuple(ids)
+    last = request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else len(ids)
+    return tuple(ids[-last:])
+
+
+def _truncate_prompt_tokens(request: inference_pb2.GenerateRequest, model: ServedModel) -> int | None:
+    if not request.HasField("truncate_prompt_tokens"):
+        return None
+    return int(in_range("truncate_prompt_tokens", request.truncate_prompt_tokens, low=1, high=model.max_model_len))
 
 
 def _num_chars(message: inference_pb2.ChatMessage) -> int:
@@ -349,6 +370,22 @@ def _check_prompt_entries(num_top: int | None, *, num_prompt_tokens: int) -> Non
         )
         numbers = {"prompt_tokens": str(num_prompt_tokens), "prompt_logprobs": str(num_top), "limit": str(MAX_PROMPT_ENTRIES)}
         raise InvalidRequest(text, field="output.prompt_logprobs", metadata=numbers)
+
+
+def _check_answer_entries(checked: CheckedFields, *, num_prompt_tokens: int) -> None:
+    """A client that leaves max_tokens open is answered for as long as the answer fits."""
+    num_top, num_prompt_top = checked.sampling.num_logprobs, checked.sampling.num_prompt_logprobs
+    if not checked.shows_logprobs or num_top is None or checked.max_tokens is None:
+        return
+    num_prompt_entries = num_prompt_tokens * (1 + num_prompt_top) if num_prompt_top is not None else 0
+    num_entries = num_prompt_entries + checked.counts.n * checked.max_tokens * (1 + num_top)
+    if num_entries > MAX_ANSWER_ENTRIES:
+        text = (
+            f"n is {checked.counts.n}, max_tokens is {checked.max_tokens} and logprobs is {num_top}, with the prompt's up to {num_entries} "
+            f"log probabilities; one answer takes {MAX_ANSWER_ENTRIES}; lower them, or call GenerateStream"
+        )
+        numbers = {"entries": str(num_entries), "limit": str(MAX_ANSWER_ENTRIES)}
+        raise InvalidRequest(text, reason="ANSWER_TOO_LARGE", field="output.logprobs", metadata=numbers)
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ MAX_GROUP_DEATHS: Final = 3
 
 _ROW_ERRORS: Final = {
     RowErrorCode.NOT_FINITE: "the model gave no finite probabilities; the weights or the number format may be at fault",
-    RowErrorCode.NO_ALLOWED_TOKEN: "every token is forbidden by the request's own limits",
+    RowErrorCode.NO_ALLOWED_TOKEN: "every token is forbidden by the request's own limits; widen its allowed tokens, or bar fewer",
     RowErrorCode.GRAMMAR: "the grammar cannot go on",
 }
 
@@ -460,7 +460,9 @@ class Scheduler:
                 self._finish(end, now_s)
         for request, code in applied.failed:
             if request.state is not RequestState.ENDED:
-                self._fail(request, StatusCode.INTERNAL, code.name, _ROW_ERRORS[code], retryable=False)
+                is_the_requests = code is RowErrorCode.NO_ALLOWED_TOKEN
+                status = StatusCode.INVALID_ARGUMENT if is_the_requests else StatusCode.INTERNAL
+                self._fail(request, status, code.name, _ROW_ERRORS[code], retryable=False)
         for request in applied.beam_steps:
             if request.state is not RequestState.ENDED and not group.advance_beams(request):
                 self._finish_beams(request, now_s)
@@ -497,8 +499,8 @@ class Scheduler:
         assert request.beam is not None
         results = request.beam.results[: request.submit.n]
         if not results:
-            text = "no sequence is allowed by the request's own limits"
-            self._fail(request, StatusCode.INTERNAL, RowErrorCode.NO_ALLOWED_TOKEN.name, text, retryable=False)
+            text = "no sequence is allowed by the request's own limits; widen its allowed tokens, or bar fewer"
+            self._fail(request, StatusCode.INVALID_ARGUMENT, RowErrorCode.NO_ALLOWED_TOKEN.name, text, retryable=False)
             return
         messages: list[SessionUp] = []
         for index, result in enumerate(results):

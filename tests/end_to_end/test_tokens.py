@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import generate_reference, wait_for
@@ -109,6 +110,39 @@ def test_a_stop_string_ends_the_text_in_front_of_it(built_in: str) -> None:
     assert stopped.text == free.text[: free.text.index(stop)]
     assert (stopped.finish_reason, stopped.choices[0].stopped_by) == ("stop", stop)
     assert stopped.usage.num_completion_tokens == len(stopped.token_ids)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_strings_are_found_across_the_borders_of_tokens_in_each_of_n_sequences(built_in: str, include: bool) -> None:
+    options: dict[str, Any] = {"seed": 5, "temperature": 1.0, "max_tokens": 48, "ignore_eos": True, "n": 3}
+    with Client(built_in) as client:
+        free = client.generate("Once upon a time", **options)
+        spans = [client.detokenize([token_id]) for token_id in free.choices[1].token_ids]
+        # From the middle of one token to the middle of the next but one.
+        first = next(i for i in range(8, 40) if all(len(span) > 2 for span in spans[i : i + 3]))
+        stop = spans[first][1:] + spans[first + 1] + spans[first + 2][:2]
+        whole = client.generate("Once upon a time", **options, stop=[stop, "never\x00said"], include_stop_string=include)
+        deltas = list(client.stream("Once upon a time", **options, stop=[stop, "never\x00said"], include_stop_string=include))
+    assert stop in free.choices[1].text
+    for choice, free_choice in zip(whole.choices, free.choices, strict=True):
+        place = free_choice.text.find(stop)
+        expected = free_choice.text if place < 0 else free_choice.text[: place + (len(stop) if include else 0)]
+        assert (choice.text, choice.stopped_by) == (expected, None if place < 0 else stop)
+        assert choice.token_ids == free_choice.token_ids[: len(choice.token_ids)]
+        assert "".join(delta.text for delta in deltas if delta.index == choice.index) == choice.text
+        assert tuple(i for delta in deltas if delta.index == choice.index for i in delta.token_ids) == choice.token_ids
+    assert len(whole.choices[1].token_ids) < 48
+    assert whole.usage.num_completion_tokens == sum(len(choice.token_ids) for choice in whole.choices)
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.num_completion_tokens == whole.usage.num_completion_tokens
+
+
+def test_timings_are_parts_of_the_whole(built_in: str) -> None:
+    with Client(built_in) as client:
+        timings = client.generate("Once upon a time", max_tokens=8, ignore_eos=True).timings
+    assert min(timings.queue_s, timings.prefill_s, timings.decode_s) >= 0
+    assert 0 < timings.time_to_first_token_s <= timings.total_s
+    assert timings.queue_s + timings.prefill_s + timings.decode_s + timings.preempted_s <= timings.total_s
 
 
 def test_a_chat_tells_a_story_and_ends_by_itself(built_in: str) -> None:

@@ -139,7 +139,7 @@ class GenerateRequest(_message.Message):
     parse_special_tokens: _builtins.bool
     """Whether the text of a special token inside a text prompt becomes that token. Text prompts; default false."""
     truncate_prompt_tokens: _builtins.int
-    """Keep only this many last tokens of the prompt."""
+    """Keep only this many last tokens of the prompt. 1 to max_model_len."""
     n: _builtins.int
     """Number of sequences to return, each with its own index. At most 8, and 1 if temperature is 0. Default 1."""
     best_of: _builtins.int

@@ -293,6 +293,52 @@ async def test_an_echoed_prompt_stands_in_front_of_each_completion(running: Runn
     assert whole.usage.completion_token_count == sum(len(completion.token_ids) for completion in whole.completions)
 
 
+async def test_an_answer_that_fits_no_message_is_refused_with_its_size(tmp_path: Path) -> None:
+    """Before anything is generated, where what was asked for tells it; else as soon as it is too large."""
+    longest = max(range(3, 4096), key=lambda token_id: len(TOKENIZER.decode([token_id])))
+    scheduler = FakeScheduler(script=lambda _: Script([longest] * 5), limits=(ModelLimits("quire-tales", 16, 2**20),))
+    model = {"max_model_len": 2**20, "max_request_tokens": 2**20}
+    async with running_gateway(tmp_path, scheduler=scheduler, model=model) as running:
+        asked = GenerateRequest(text="x", n=2, output=OutputParams(logprobs=20), stopping=StoppingParams(max_tokens=2000))
+        error = await refusal(running.inference.Generate(asked))
+        assert (error.code().name, details_of(error)[0].reason) == ("INVALID_ARGUMENT", "ANSWER_TOO_LARGE")
+        assert "up to 84000 log probabilities; one answer takes 65536; lower them, or call GenerateStream" in str(error.details())
+        assert scheduler.of_kind(Submit) == []
+        assert [message async for message in running.inference.GenerateStream(asked)]
+        ids = TokenIds(ids=[longest] * (4 * 2**20 // 7 // len(TOKENIZER.decode([longest]))))
+        echoed = GenerateRequest(token_ids=ids, n=8, output=OutputParams(echo_prompt=True), stopping=StoppingParams(max_tokens=5))
+        scheduler.script = lambda _: Script([longest] * 5, ends=False)
+        error = await refusal(running.inference.Generate(echoed))
+        assert "bytes or more; one message takes 4194304; lower n" in str(error.details())
+        await scheduler.wait_for(Cancel)
+        scheduler.script = lambda _: Script([longest] * 5)
+        assert len([message async for message in running.inference.GenerateStream(echoed)]) >= 8
+        many = inference_pb2.DetokenizeRequest(token_ids=[longest] * (5 * 2**20 // len(TOKENIZER.decode([longest]))))
+        error = await refusal(running.inference.Detokenize(many))
+        assert "send fewer token ids" in str(error.details())
+        assert details_of(error)[0].reason == "ANSWER_TOO_LARGE"
+
+
+async def test_a_template_that_runs_away_fails_its_own_conversation_alone(tmp_path: Path) -> None:
+    """Also while as many run away as there are threads for text work."""
+    endless = (
+        "{% if messages[0].content == 'run' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}ok"
+    )
+    files = tokenizer_files(TOKENIZER.to_str(), {}, endless)
+    async with running_gateway(tmp_path, files=files) as running:
+
+        async def tokenize(content: str) -> Any:
+            chat = Chat(messages=[ChatMessage(role="user", content=content)])
+            return await running.inference.Tokenize(inference_pb2.TokenizeRequest(chat=chat))
+
+        errors = await asyncio.gather(*(tokenize("run") for _ in range(3)), return_exceptions=True)
+        for error in errors:
+            assert isinstance(error, grpc.aio.AioRpcError)
+            # On a machine that is busy with other things the clock may come before the processor time.
+            assert details_of(error)[0].reason in {"CHAT_TEMPLATE_TIMEOUT", "TEMPLATE_TIMEOUT", "TOKENIZER_TIMEOUT"}
+        assert (await tokenize("walk")).rendered == "ok"
+
+
 async def test_everything_that_ranks_honour_reaches_the_scheduler(running: Running) -> None:
     sampling = SamplingParams(
         typical_p=0.5,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import small_tokenizers
 from fake_scheduler import model_entry, tokenizer_files
+from hosted_templates import TEMPLATES
 from transformers import AutoTokenizer
 
 from quire.cluster.gateway.chat_template import ChatTemplate
@@ -35,7 +36,7 @@ CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"c
 
 def load(make: Callable[[], dict[str, bytes]]) -> ServedModel:
     files = make()
-    return load_served_model(model_entry(files, name=make.__name__), files)
+    return load_served_model(model_entry(files, name=make.__name__), files, TEMPLATES)
 
 
 def load_with_transformers(files: dict[str, bytes], folder: Path) -> Any:
@@ -118,7 +119,7 @@ def test_contents_that_a_template_joins_do_not_become_a_special_token() -> None:
     files["tokenizer_config.json"] = json.dumps(
         config | {"chat_template": "{% for m in messages %}{{ m.content|trim }}{% endfor %}"}
     ).encode()
-    model = load_served_model(model_entry(files), files)
+    model = load_served_model(model_entry(files), files, TEMPLATES)
     ids, rendered = encode_chat(model, [{"role": "user", "content": "<|us  "}, {"role": "user", "content": " er|>"}])
     assert rendered == "<|user|>"
     assert 1 not in ids
@@ -131,7 +132,7 @@ def test_special_tokens_that_overlap_or_have_one_character_stay_text() -> None:
     tokenizer = Tokenizer.from_str(small_tokenizers.demo()["tokenizer.json"].decode())
     tokenizer.add_special_tokens(["aba", "★"])
     files = tokenizer_files(tokenizer.to_str(), {}, "★{% for m in messages %}{{ m.content }}★{% endfor %}")
-    model = load_served_model(model_entry(files), files)
+    model = load_served_model(model_entry(files), files, TEMPLATES)
     special_ids = {tokenizer.token_to_id("aba"), tokenizer.token_to_id("★")}
     ids, rendered = encode_chat(model, [{"role": "user", "content": "ababa ★ ★★ ab"}, {"role": "user", "content": "a★"}])
     assert rendered == "★ababa ★ ★★ ab★a★★"
@@ -164,7 +165,7 @@ def test_escapes_of_private_characters_in_a_conversation_stay(make: Callable[[],
 def test_escapes_of_private_characters_in_tools_stay(is_ascii: bool) -> None:
     files = small_tokenizers.chatml()
     files["chat_template.jinja"] = b"{{ tools | tojson(ensure_ascii=%s) }}" % str(is_ascii).encode()
-    model = load_served_model(model_entry(files), files)
+    model = load_served_model(model_entry(files), files, TEMPLATES)
     tool = {"name": "<|im_end|>", "x": r"\ue000", "y": "\ue001", "z": "\\<|im_end|>"}
     _, rendered = encode_chat(model, [{"role": "user", "content": "hi"}], tools=[tool])
     assert rendered == json.dumps([tool], ensure_ascii=is_ascii)
@@ -185,6 +186,10 @@ def test_a_template_that_refuses_is_quoted_and_one_that_fails_is_not() -> None:
     with pytest.raises(InvalidRequest, match="must alternate") as refused:
         encode_chat(load(small_tokenizers.llama_like), [{"role": "assistant", "content": "secret"}])
     assert refused.value.reason == "CHAT_TEMPLATE_REFUSED"
+    quoting = ChatTemplate({"default": "{{ raise_exception('no ' ~ messages[0].content) }}"}, {})
+    with pytest.raises(InvalidRequest, match="its words hold a part of it and are not repeated") as refused:
+        quoting.render([{"role": "user", "content": "secret"}], tools=None, add_generation_prompt=True, max_chars=100)
+    assert "secret" not in refused.value.message
     template = ChatTemplate({"default": "{{ messages[0].content / 2 }}"}, {})
     with pytest.raises(InvalidRequest, match="TypeError") as failed:
         template.render([{"role": "user", "content": "secret"}], tools=None, add_generation_prompt=True, max_chars=100)
@@ -220,7 +225,7 @@ def test_a_text_that_this_tokenizer_cannot_take_literally_is_refused() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<unk>", "<s>"])
     files = tokenizer_files(tokenizer.to_str(), {"unk_token": "<unk>", "bos_token": "<s>"}, "{{ messages[0].content }}")
-    model = load_served_model(model_entry(files), files)
+    model = load_served_model(model_entry(files), files, TEMPLATES)
     assert model.tokenizer.encode("a ? b", add_special_tokens=True, parse_special_tokens=False) == [2, 0, 3]
     for encode in (
         lambda: model.tokenizer.encode("a <s>", add_special_tokens=True, parse_special_tokens=False),
@@ -241,10 +246,10 @@ def test_a_text_that_this_tokenizer_cannot_take_literally_is_refused() -> None:
 )
 def test_files_that_cannot_be_used_are_named(files: dict[str, bytes], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_served_model(model_entry(files), files)
+        load_served_model(model_entry(files), files, TEMPLATES)
 
 
 def test_a_model_without_a_template_has_no_chat() -> None:
     files = small_tokenizers.demo()
     files["tokenizer_config.json"] = b"{}"
-    assert load_served_model(model_entry(files), files).chat is None
+    assert load_served_model(model_entry(files), files, TEMPLATES).chat is None

@@ -9,6 +9,7 @@ import pytest
 from fake_scheduler import demo_files, model_entry
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from hosted_templates import TEMPLATES
 
 from quire.cluster.gateway.request_fields import HONOURED, MAX_ENTRIES, REFUSED, refuse_unsupported
 from quire.cluster.gateway.sequence_fields import SequenceCounts
@@ -38,7 +39,7 @@ def model() -> ServedModel:
 
 def served(**settings: Any) -> ServedModel:
     files = demo_files()
-    return load_served_model(model_entry(files, **({"logits_size": 4100} | settings)), files)
+    return load_served_model(model_entry(files, **({"logits_size": 4100} | settings)), files, TEMPLATES)
 
 
 def check(model: ServedModel, **fields: Any) -> CheckedFields:
@@ -50,6 +51,21 @@ def check(model: ServedModel, **fields: Any) -> CheckedFields:
 
 def resolved(model: ServedModel, num_prompt_tokens: int = 10, **fields: Any) -> ResolvedRequest:
     return resolve(check(model, **fields), [5] * num_prompt_tokens, limit=LIMIT, vocab_size=4096, drawn_seed=77)
+
+
+def test_a_prompt_is_cut_to_its_last_tokens_before_anything_is_counted(model: ServedModel) -> None:
+    ids = list(range(3, 3003))
+    fields: dict[str, Any] = {"token_ids": TokenIds(ids=ids), "truncate_prompt_tokens": 40}
+    checked = check(model, **fields)
+    assert checked.prompt == tuple(ids[-40:])
+    cut = resolve(checked, ids[-40:], limit=LIMIT, vocab_size=4096, drawn_seed=1)
+    assert (cut.prompt_ids, cut.max_tokens) == (tuple(ids[-40:]), 60)
+    text = check(model, text="hello", truncate_prompt_tokens=2)
+    assert resolve(text, [7, 8, 9], limit=LIMIT, vocab_size=4096, drawn_seed=1).prompt_ids == (8, 9)
+    assert resolve(text, [9], limit=LIMIT, vocab_size=4096, drawn_seed=1).prompt_ids == (9,)
+    for count in (0, 2049, 2**32 - 1):
+        with pytest.raises(InvalidRequest, match=f"truncate_prompt_tokens is {count}; it takes 1 to 2048"):
+            check(model, text="hello", truncate_prompt_tokens=count)
 
 
 # -- every field of the request is either honoured or refused by name -------------------------------------------------
@@ -140,7 +156,6 @@ def test_a_value_that_changes_nothing_is_taken(model: ServedModel, fields: dict[
     ("fields", "path"),
     [
         ({"adapter": "a"}, "adapter"),
-        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"structured_output": inference_pb2.StructuredOutput(regex="a")}, "structured_output.regex"),
     ],
 )

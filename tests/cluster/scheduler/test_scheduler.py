@@ -357,6 +357,19 @@ def test_a_beam_search_without_any_candidate_does_not_end_in_silence() -> None:
     assert "beams" in story.ends
 
 
+def test_a_row_without_any_allowed_token_is_the_requests_own_fault() -> None:
+    story = Story()
+    story.submit("narrow", list(range(9)), max_tokens=3)
+    story.send()
+    result, _ = story.groups["g0"].rank.execute(story.plans.pop(0))
+    barred = msgspec.structs.replace(result, counts=(0,), token_ids=(), row_errors=((0, RowErrorCode.NO_ALLOWED_TOKEN),))
+    story.scheduler.apply("g0", barred, story.now_s)
+    story.deliver()
+    end = story.ends["narrow"]
+    assert isinstance(end, Failed)
+    assert (end.code, end.reason, end.retryable) == (StatusCode.INVALID_ARGUMENT, "NO_ALLOWED_TOKEN", False)
+
+
 def test_a_row_without_finite_logits_fails_alone_and_its_blocks_are_found_by_nobody() -> None:
     story = Story()
     story.submit("bad", list(range(9)), max_tokens=3)
