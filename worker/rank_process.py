@@ -15,7 +15,7 @@ from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
 from quire.common.model_folder import ModelFolder, read_model_folder
-from quire.worker.gpu_memory import MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, weight_bytes
+from quire.worker.gpu_memory import GRAPH_BYTES, MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, weight_bytes
 from quire.worker.host_memory import available_memory_bytes, check_pool_fits
 from quire.worker.rank_spec import RankSpec
 
@@ -221,6 +221,7 @@ def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel | LlamaModel", blo
     """As many KV blocks as told, else those that the GPU has room for behind the weights, the largest step and a margin."""
     import torch
 
+    from quire.worker.models.llama import LlamaModel
     from quire.worker.models.load_model import DTYPES
     from quire.worker.warm_up import measure_step_bytes
 
@@ -234,13 +235,16 @@ def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel | LlamaModel", blo
         device=spec.device,
     )
     torch.cuda.empty_cache()
+    if isinstance(model, LlamaModel):
+        step_bytes += GRAPH_BYTES
     free_bytes, all_bytes = torch.cuda.mem_get_info(spec.device)
     if spec.num_gpu_blocks is not None:
         check_step_fits(num_blocks=spec.num_gpu_blocks, free_bytes=free_bytes, step_bytes=step_bytes, block_bytes=block_bytes)
         return spec.num_gpu_blocks
     num_blocks = blocks_that_fit(free_bytes=free_bytes, step_bytes=step_bytes, block_bytes=block_bytes)
     _log.info(
-        "of %.2f GiB the GPU has %.2f free behind the weights; %.2f go to the largest step, %.2f are margin: room for %d KV blocks",
+        "of %.2f GiB the GPU has %.2f free behind the weights; %.2f go to the largest step and to graphs, %.2f are margin: room for %d "
+        "KV blocks",
         *(size / 2**30 for size in (all_bytes, free_bytes, step_bytes, MARGIN_BYTES + STEP_MARGIN * step_bytes)),
         num_blocks,
     )
