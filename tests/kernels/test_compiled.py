@@ -6,6 +6,7 @@ LDGSTS and UTMALDG are the copies that run ahead of the computation.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from compiled_kernels import CompiledKernel, compiling_for_sm90
 from quire.kernels.attention_tiles import prefill_tile
 from quire.kernels.copy_blocks import copy_blocks
 from quire.kernels.decode_plan import allocate_decode_plan, plan_decode
+from quire.kernels.linear_tiles import head_tile, row_tile
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
 from quire.kernels.prepare_inputs import allocate_step_tokens, append_tokens, prepare_inputs
@@ -22,6 +24,7 @@ from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rotary_store import rotary_store
 from quire.kernels.sample import SamplingInputs, sample
 from quire.kernels.silu_mul import silu_mul
+from quire.kernels.skinny_linear import skinny_linear
 from quire.kernels.store_kv import store_kv
 from quire.kernels.write_runs import write_runs
 
@@ -87,6 +90,31 @@ def test_prefill_uses_warpgroup_products(heads: tuple[int, int, int], block_size
     assert prefill.shared_bytes <= 227 * 1024
     # At head_dim 256 the numerators alone take half of all registers; a few others may be spilled outside the loop.
     assert prefill.stack_bytes <= (96 if head_dim == 256 else 0)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 32, 64])
+def test_logits_of_few_rows_spill_nothing(num_rows: int) -> None:
+    tile = head_tile(num_rows=num_rows, num_inputs=4096)
+    assert tile is not None
+    (kernel,) = compiled(lambda: skinny_linear(zeros(num_rows, 4096), zeros(128256, 4096), tile=tile))
+    assert kernel.stack_bytes == 0
+    assert kernel.num_registers <= 255
+    assert (kernel.count("HMMA", "HGMMA") > 0) == (num_rows > 1)
+    assert "ld.global.v4.b32" in kernel.ptx or kernel.count("LDGSTS") > 0, "16 bytes a load"
+
+
+@pytest.mark.parametrize("num_inputs", [1024, 2048, 3072, 4096, 14336])
+def test_products_of_a_row_spill_nothing_with_all_that_they_take_in(num_inputs: int) -> None:
+    row, norm = zeros(1, num_inputs), zeros(num_inputs)
+    for has_norm in (True, False):
+        tile = row_tile(num_inputs=num_inputs, has_norm=has_norm)
+        assert tile is not None
+        options: dict[str, Any] = {"norm": norm, "eps": 1e-5} if has_norm else {"residual": zeros(1, 4096)}
+        for is_gated in (False, True)[: 1 + has_norm]:
+            weight = zeros(8192 if is_gated else 4096, num_inputs)
+            for kernel in compiled(partial(skinny_linear, row, weight, tile=tile, is_gated=is_gated, **options)):
+                assert kernel.stack_bytes == 0
+                assert "ld.global.v4.b32" in kernel.ptx, "16 bytes a load"
 
 
 def small_launches() -> dict[str, Callable[[], object]]:
