@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -43,14 +44,25 @@ class CompileAhead:
         self._started_s = time.monotonic()
         self._stamp = _stamp(spec, folder)
         self._pids: dict[int, str] = {}
+        self._gate = -1
         if self._stamp.exists():
             return  # all of it lies in the cache
         parent_pid = os.getpid()
+        reader, self._gate = os.pipe()
         for name, work in _works(spec, folder, dtype).items():
             pid = os.fork()
             if pid == 0:
+                os.close(self._gate)
+                os.read(reader, 1)  # returns when the rank closes its end
                 _run(work, parent_pid)
             self._pids[pid] = name
+        os.close(reader)
+
+    def begin(self) -> None:
+        """Let them use the GPU: until now the rank could see what is free there."""
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
 
     def wait(self) -> None:
         """Wait for all of them, and note that it need not be done again."""
@@ -73,8 +85,9 @@ class CompileAhead:
         self._pids.clear()
         _log.info("compiled ahead in %.2f s%s", time.monotonic() - self._started_s, f", but for {', '.join(failed)}" if failed else "")
         if not failed:
-            self._stamp.parent.mkdir(parents=True, exist_ok=True)
-            self._stamp.touch()
+            with suppress(OSError):  # a cache that cannot be written costs time, not the rank
+                self._stamp.parent.mkdir(parents=True, exist_ok=True)
+                self._stamp.touch()
 
 
 def _works(spec: RankSpec, folder: ModelFolder, dtype: torch.dtype) -> Mapping[str, Callable[[], None]]:

@@ -87,6 +87,8 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
     compiling = _compile_ahead(spec, folder)
     if spec.device == "cuda":
         _check_gpu(spec, folder, block_bytes)
+    if compiling is not None:
+        compiling.begin()
     collective: Collective | None = None
     if spec.tensor_parallel_size > 1:
         collective = connect(rendezvous_path=Path(spec.rendezvous_path), rank=spec.rank, size=spec.tensor_parallel_size)
