@@ -9,6 +9,7 @@ import pytest
 import torch
 from native_models import NATIVE_MODELS
 from plan_driver import PlanDriver
+from thread_ranks import ThreadRanks
 from tiny_families import SIZES
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from quire.common.errors import ConfigError
 from quire.common.messages import Chunk, SamplingState
 from quire.common.model_folder import read_model_folder
+from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.llama import LlamaModel, LlamaShare, read_llama_config
 from quire.worker.models.llama_weights import empty_weights, fill_at_random
@@ -64,6 +66,24 @@ def test_a_crowd_is_continued_as_transformers_continues_each_alone(folder: Path,
     model = load_llama_model(read_model_folder(folder), dtype="float32", device="cpu")
     driver = PlanDriver(runner_of(model, block_size=block_size))
     assert driver.generate(prompts, num_tokens=NUM_TOKENS, chunk=chunk, stagger=stagger) == continued(folder, prompts)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_that_share_a_model_continue_as_transformers_does(folder: Path, size: int) -> None:
+    """Four ranks are more than the two KV heads, which are then held twice each; a vocabulary of 513 is not divided evenly."""
+    prompts = prompts_of(1, 7, 33, 2)
+    parts = read_model_folder(folder)
+    ranks = ThreadRanks(size)
+
+    def generate(collective: Collective) -> list[list[int]]:
+        model = load_llama_model(parts, dtype="float32", device="cpu", collective=collective)
+        assert model.num_kv_heads == max(1, 2 // size)
+        assert model.num_heads == 4 // size
+        return PlanDriver(runner_of(model)).generate(prompts, num_tokens=NUM_TOKENS, chunk=7, stagger=1)
+
+    first, *others = ranks.run(generate)
+    assert first == continued(folder, prompts)
+    assert all(other == first for other in others)
 
 
 def test_what_asks_for_more_than_a_draw_gets_it_beside_those_who_do_not(folder: Path) -> None:
