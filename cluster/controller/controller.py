@@ -20,10 +20,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire.cluster.controller.cluster_admin import ClusterAdmin
 from quire.cluster.controller.discovery import Discovery, TokenizerFile, group_message, served_model, tokenizer_files
-from quire.cluster.controller.groups import Action, DrainAtScheduler, Group, GroupState, GroupTable, RankInfo, StopRanks
+from quire.cluster.controller.groups import Action, DrainAtScheduler, Group, GroupState, GroupTable, RankInfo, RestartRanks, StopRanks
 from quire.cluster.controller.process_actor import ProcessActor
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
+from quire.common.clock import monotonic
 from quire.common.config import ModelPlan, ServeConfig
 from quire.common.errors import Unavailable
 from quire.common.messages import (
@@ -47,8 +48,8 @@ log = logging.getLogger("quire.controller")
 
 # A rank that hears nothing for this long exits by itself; the scheduler sends something every third of it.
 RANK_LEASE_S: Final = 15.0
-# A step may take this long at least before its group counts as hung. Nothing brings a group back yet, so we wait longer than
-# the scheduler's own default: a rank on a busy CPU stands still for seconds.
+# A step may take this long at least before its group counts as hung. Longer than the scheduler's own default: a rank on a
+# busy CPU stands still for seconds, and starting it anew would take more of them.
 MIN_STEP_TIMEOUT_S: Final = 10.0
 # How long the scheduler may take to answer a question for gauges.
 STATUS_TIMEOUT_S: Final = 5.0
@@ -212,11 +213,12 @@ class _Controller:
                         ranks=ranks,
                         max_request_tokens=message.max_request_tokens,
                         block_bytes=message.block_bytes,
+                        now_s=monotonic(),
                         detail=f"each rank holds {whole}" if (whole := self._plan.whole_on_each_rank) else "",
                     )
                     self._perform(actions)
                 case GroupLost():
-                    self._perform(self._table.on_lost(message.group_id, message.term, message.reason))
+                    self._perform(self._table.on_lost(message.group_id, message.term, message.reason, now_s=monotonic()))
                 case GroupDrained():
                     self._perform(self._table.on_drained(message.group_id, message.term))
                 case Status():
@@ -250,19 +252,19 @@ class _Controller:
         # Ray hides GPUs from whoever asked for none.
         num_gpus = 1 if self._plan.device == "cuda" else 0
         bundles = [{"CPU": 1.0, "GPU": 1.0} if num_gpus else {"CPU": 1.0}] * group.tensor_parallel_size
-        placement = placement_group(bundles, strategy="STRICT_PACK", name=group.group_id)
+        placement = placement_group(bundles, strategy="STRICT_PACK", name=f"{group.group_id}-{group.term}")
         self._placements[group.group_id] = placement
         try:
             await asyncio.wait_for(placement.ready(), PLACEMENT_TIMEOUT_S)
         except TimeoutError:
             asked = f"{group.tensor_parallel_size} ranks of 1 CPU each on one host"
             why = f"Ray found no place for {asked} within {PLACEMENT_TIMEOUT_S:g} s; it has {ray.cluster_resources().get('CPU', 0):g} CPUs"
-            self._perform(self._table.on_lost(group.group_id, group.term, why))
+            self._perform(self._table.on_lost(group.group_id, group.term, why, now_s=monotonic()))
             return
         actors = []
         for rank in range(group.tensor_parallel_size):
             strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
-            name = f"quire-{group.group_id}-{rank}"
+            name = f"quire-{group.group_id}-{rank}-{group.term}"
             actors.append(ProcessActor.options(name=name, num_gpus=num_gpus, scheduling_strategy=strategy).remote())
         self._ranks[group.group_id] = actors
         await asyncio.gather(
@@ -275,7 +277,17 @@ class _Controller:
         done, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in pending:
             end.cancel()
-        self._perform(self._table.on_lost(group.group_id, group.term, next(iter(done)).result()))
+        self._perform(self._table.on_lost(group.group_id, group.term, next(iter(done)).result(), now_s=monotonic()))
+
+    async def _restart_ranks(self, group_id: str, *, pause_s: float) -> None:
+        """Start a group's ranks anew, all together, once the former ones are gone for good."""
+        await self._stop_ranks(group_id, is_lost=True)
+        await asyncio.sleep(pause_s)
+        group = self._table.groups[group_id]
+        if self._is_stopping or group.state is not GroupState.STARTING:
+            return  # an operator asked to drain it meanwhile
+        await self._attach(group)
+        await self._run_ranks(group)
 
     async def _wait_rank(self, group: Group, rank: int, actor: Any) -> str:
         """Wait for a rank's end; what is known of its cause."""
@@ -301,28 +313,33 @@ class _Controller:
             )
         )
 
-    async def _stop_ranks(self, group_id: str) -> None:
+    async def _stop_ranks(self, group_id: str, *, is_lost: bool) -> None:
         actors = self._ranks.pop(group_id, [])
-        await asyncio.gather(*(self._stop_child(actor) for actor in actors))
+        await asyncio.gather(*(self._stop_child(actor, is_lost=is_lost) for actor in actors))
         placement = self._placements.pop(group_id, None)
         if not self._is_stopping:
             await asyncio.to_thread(_forget, actors, placement)
 
     @staticmethod
-    async def _stop_child(actor: Any) -> None:
+    async def _stop_child(actor: Any, *, is_lost: bool = False) -> None:
         with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
-            await asyncio.wait_for(actor.stop.remote(), STOP_TIMEOUT_S)
+            await asyncio.wait_for(actor.kill.remote() if is_lost else actor.stop.remote(), STOP_TIMEOUT_S)
 
     # -- what follows --------------------------------------------------------------------------------------------------
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case StopRanks(group_id):
+                case StopRanks(group_id, term, is_lost):
+                    detail = self._table.groups[group_id].detail
+                    log.info("group %s stops: %s", group_id, detail)
+                    self._spawn(self._link.send(encode(DetachGroup(group_id, term, detail))))
+                    self._spawn(self._stop_ranks(group_id, is_lost=is_lost))
+                case RestartRanks(group_id, lost_term, pause_s):
                     group = self._table.groups[group_id]
-                    log.info("group %s stops: %s", group_id, group.detail)
-                    self._spawn(self._link.send(encode(DetachGroup(group_id, group.term, group.detail))))
-                    self._spawn(self._stop_ranks(group_id))
+                    log.warning("group %s is %s; term %d follows in %g s", group_id, group.detail, group.term, pause_s)
+                    self._spawn(self._link.send(encode(DetachGroup(group_id, lost_term, group.detail))))
+                    self._spawn(self._restart_ranks(group_id, pause_s=pause_s))
                 case DrainAtScheduler(group_id):
                     self._spawn(self._link.send(encode(DrainGroup(group_id, self._table.groups[group_id].term))))
         groups = self.groups()

@@ -1,9 +1,19 @@
-"""The life of worker groups, as state: what each is, what may follow, and what the controller must then do."""
+"""The life of worker groups, as state: what each is, what may follow, and what the controller must then do.
+
+A group whose ranks die is started anew under the next term: at once, then after pauses that double, until it has failed too
+often in a row. What it held waits in the scheduler meanwhile. One that never was ready is not tried again: its settings are wrong.
+"""
 
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
+
+# A group that dies within this long of being ready again has failed once more in a row.
+STEADY_S: Final = 60.0
+# Restarts in a row, and the pauses before them: 0, 1, 2, 4, ... seconds.
+MAX_RESTARTS_IN_A_ROW: Final = 6
+MAX_PAUSE_S: Final = 30.0
 
 
 class GroupState(enum.Enum):
@@ -18,13 +28,15 @@ EDGES: Final[Mapping[GroupState, frozenset[GroupState]]] = {
     GroupState.STARTING: frozenset(
         {
             GroupState.READY,  # all ranks said hello to the scheduler
-            GroupState.STOPPED,  # a rank could not load the model, or died; or an operator asked to drain it
+            GroupState.STARTING,  # a rank died while the group was started anew
+            GroupState.STOPPED,  # a rank could not load the model, or died too often; or an operator asked to drain it
         }
     ),
     GroupState.READY: frozenset(
         {
             GroupState.DRAINING,  # an operator asked
-            GroupState.STOPPED,  # a rank died or was late
+            GroupState.STARTING,  # a rank died or was late: all of them are started anew
+            GroupState.STOPPED,  # it died too often
         }
     ),
     GroupState.DRAINING: frozenset(
@@ -54,6 +66,8 @@ class Group:
     state: GroupState = GroupState.STARTING
     term: int = 1  # of the scheduler's attachment; rises with each
     num_restarts: int = 0
+    num_failures: int = 0  # in a row
+    ready_at_s: float | None = None  # since when its latest term is ready; None if no term ever was
     detail: str = ""
     has_failed: bool = False  # it stopped because something broke, not because it was drained
     ranks: tuple[RankInfo, ...] = ()
@@ -63,9 +77,20 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class StopRanks:
-    """End the group's ranks, whatever they do, and tell the scheduler that the term is over."""
+    """End the group's ranks and tell the scheduler that the term is over; is_lost: whatever they do, at once."""
 
     group_id: str
+    term: int
+    is_lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RestartRanks:
+    """End the ranks of a term as StopRanks does; when they are gone, and the pause is over, start new ones under the group's term."""
+
+    group_id: str
+    lost_term: int
+    pause_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +100,7 @@ class DrainAtScheduler:
     group_id: str
 
 
-Action = StopRanks | DrainAtScheduler
+Action = StopRanks | RestartRanks | DrainAtScheduler
 
 
 class IllegalTransition(Exception):
@@ -98,29 +123,59 @@ class GroupTable:
         self.version += 1
 
     def on_ready(
-        self, group_id: str, term: int, *, ranks: tuple[RankInfo, ...], max_request_tokens: int, block_bytes: int, detail: str = ""
+        self,
+        group_id: str,
+        term: int,
+        *,
+        ranks: tuple[RankInfo, ...],
+        max_request_tokens: int,
+        block_bytes: int,
+        now_s: float,
+        detail: str = "",
     ) -> list[Action]:
         """All ranks said hello to the scheduler. detail: what an operator should know of the group, "" for nothing."""
         group = self._current(group_id, term)
         if group is None or group.state is not GroupState.STARTING:
             return []
-        self._set(group, GroupState.READY, ranks=ranks, max_request_tokens=max_request_tokens, block_bytes=block_bytes, detail=detail)
+        self._set(
+            group,
+            GroupState.READY,
+            ranks=ranks,
+            max_request_tokens=max_request_tokens,
+            block_bytes=block_bytes,
+            ready_at_s=now_s,
+            detail=detail,
+        )
         return []
 
-    def on_lost(self, group_id: str, term: int, reason: str) -> list[Action]:
+    def on_lost(self, group_id: str, term: int, reason: str, *, now_s: float) -> list[Action]:
         """A rank died, failed, or was late."""
         group = self._current(group_id, term)
         if group is None or group.state is GroupState.STOPPED:
             return []
-        self._set(group, GroupState.STOPPED, detail=reason, has_failed=True)
-        return [StopRanks(group_id)]
+        is_steady = group.state is GroupState.READY and group.ready_at_s is not None and now_s - group.ready_at_s >= STEADY_S
+        num_failures = 1 if is_steady else group.num_failures + 1
+        if group.ready_at_s is None or group.state is GroupState.DRAINING or num_failures > MAX_RESTARTS_IN_A_ROW:
+            self._set(group, GroupState.STOPPED, detail=reason, has_failed=True)
+            return [StopRanks(group_id, term, is_lost=True)]
+        self._set(
+            group,
+            GroupState.STARTING,
+            term=term + 1,
+            num_restarts=group.num_restarts + 1,
+            num_failures=num_failures,
+            ranks=(),
+            detail=f"started anew: {reason}",
+        )
+        pause_s = 0.0 if num_failures == 1 else min(MAX_PAUSE_S, 2.0 ** (num_failures - 2))
+        return [RestartRanks(group_id, term, pause_s)]
 
     def on_drain_asked(self, group_id: str) -> list[Action]:
         """An operator asked to drain the group. Asking again changes nothing; a group that is starting is not needed at all."""
         group = self.groups[group_id]
         if group.state is GroupState.STARTING:
             self._set(group, GroupState.STOPPED, detail="drained before it was ready")
-            return [StopRanks(group_id)]
+            return [StopRanks(group_id, group.term)]
         if group.state is not GroupState.READY:
             return []
         self._set(group, GroupState.DRAINING, detail="an operator asked")
@@ -132,7 +187,7 @@ class GroupTable:
         if group is None or group.state is not GroupState.DRAINING:
             return []
         self._set(group, GroupState.STOPPED, detail="drained")
-        return [StopRanks(group_id)]
+        return [StopRanks(group_id, term)]
 
     def _current(self, group_id: str, term: int) -> Group | None:
         group = self.groups.get(group_id)

@@ -37,6 +37,13 @@ class _ProcessActor:
             return None
         return await asyncio.get_running_loop().run_in_executor(None, stop_child, self._child)
 
+    async def kill(self) -> int | None:
+        """End the child at once, whatever it does, stopped ones included; its exit code, None if none was started."""
+        if self._child is None:
+            return None
+        self._child.kill()
+        return await asyncio.get_running_loop().run_in_executor(None, self._child.wait)
+
 
 # max_restarts and max_task_retries stay 0: Ray restarts single actors, never a gang, and it would start a child twice.
 # num_cpus is 0 because the placement group's bundle, not this actor, stands for what the child uses.

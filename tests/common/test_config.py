@@ -61,7 +61,6 @@ def test_a_bad_value_is_refused_in_one_line_with_its_numbers(flags: dict[str, An
     ("flags", "name"),
     [
         ({"device": "cuda", "tensor_parallel_size": "2"}, "tensor_parallel_size"),
-        ({"groups": "2"}, "groups"),
     ],
 )
 def test_a_setting_of_a_later_version_is_refused_by_name(flags: dict[str, Any], name: str) -> None:

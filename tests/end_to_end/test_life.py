@@ -69,9 +69,7 @@ def test_nothing_is_left_after_kill_9_of_quire_serve(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(
-    "module", ["quire.cluster.scheduler.process", "quire.worker.rank_process", "quire.cluster.gateway.main"], ids=lambda m: m.split(".")[-2]
-)
+@pytest.mark.parametrize("module", ["quire.cluster.scheduler.process", "quire.cluster.gateway.main"], ids=lambda m: m.split(".")[-2])
 def test_the_death_of_a_part_ends_the_cluster_and_is_named(tmp_path: Path, module: str) -> None:
     with ServeProcess(tmp_path) as serve:
         address = serve.wait_ready()
