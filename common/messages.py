@@ -424,6 +424,9 @@ class AttachGroup(_Message, frozen=True):
     max_batched_tokens: int
     preemption: str = "auto"  # auto, swap or recompute
     kv_dtype: str = "auto"
+    # Ranks of this term and later ones are the group's, and will obey the new term: a scheduler takes over from one that is lost.
+    # 0: of the new term alone.
+    oldest_term: int = 0
 
 
 class DetachGroup(_Message, frozen=True):

@@ -22,6 +22,8 @@ _log = logging.getLogger(__name__)
 MAX_QUEUED_MESSAGES: Final = 64
 # Steps that are under way at once: as many plans as a scheduler has outstanding.
 MAX_STEPS_LAUNCHED: Final = 2
+# A rank whose scheduler is gone says hello this often, until a scheduler has a plan for it.
+HELLO_AGAIN_S: Final = 0.5
 # How long an exiting rank waits for its last messages to leave.
 LINGER_S: Final = 1.0
 # How long a message may wait for room on the socket before the scheduler counts as gone.
@@ -37,6 +39,7 @@ class RankLoop:
         self._term = spec.term
         self._next_step_id = 0
         self._is_stopping = False
+        self._hello_again_s: float | None = None  # when to say hello again; None while the scheduler knows us
 
     def run(self, hello: RankHello) -> int:
         """Say hello and obey plans until the end; the process's exit code.
@@ -55,23 +58,27 @@ class RankLoop:
         link.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
         link.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
         link.setsockopt(zmq.LINGER, int(LINGER_S * 1000))
+        monitor = link.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         link.connect(self._spec.scheduler_address)
         try:
             link.send(encode(hello))
-            return self._obey(link, wake)
+            return self._obey(link, monitor, wake, hello)
         except zmq.Again:
             _log.error("the scheduler took no message for %g s; exiting", SEND_TIMEOUT_S)
             return 1
         finally:
+            link.disable_monitor()
+            monitor.close(linger=0)
             link.close()
             context.term()
             signal.set_wakeup_fd(-1)
             wake.close()
             wake_writer.close()
 
-    def _obey(self, link: "zmq.Socket[bytes]", wake: socket.socket) -> int:
+    def _obey(self, link: "zmq.Socket[bytes]", monitor: "zmq.Socket[bytes]", wake: socket.socket, hello: RankHello) -> int:
         poller = zmq.Poller()
         poller.register(link, zmq.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
         poller.register(wake.fileno(), zmq.POLLIN)
         launched: deque[LaunchedStep] = deque()
         lease_end_s = time.monotonic() + self._spec.rank_lease_s
@@ -86,15 +93,22 @@ class RankLoop:
                 if left_s <= 0 and not launched:
                     _log.error("no plan for %g s (rank_lease_s); exiting", self._spec.rank_lease_s)
                     return 1
+                if self._hello_again_s is not None:
+                    left_s = min(left_s, self._say_hello_again(link, hello))
                 # Rounded up: a poll of 0 ms would turn the last millisecond of the lease into a busy loop. While the device
                 # computes, the next plan and its result are both awaited, and only asking for both by turns answers to both.
                 ready = dict(poller.poll(0 if launched else int(left_s * 1000) + 1))
+                if monitor in ready:
+                    monitor.recv_multipart()
+                    _log.warning("the scheduler is gone; the model stays for the next one")
+                    self._hello_again_s = time.monotonic()
                 if link not in ready:
                     continue
                 plan = decode_rank_down(link.recv())
                 if plan.term < self._term:
                     continue  # of a scheduler that has been replaced
                 term, step_id = plan.term, plan.step_id
+                self._hello_again_s = None
                 if plan.term > self._term:
                     launched.clear()  # nobody waits for them any more
                 self._check_order(plan)
@@ -107,6 +121,15 @@ class RankLoop:
                 return 1
         _log.info("stopped by SIGTERM after %d steps", self._next_step_id)
         return 0
+
+    def _say_hello_again(self, link: "zmq.Socket[bytes]", hello: RankHello) -> float:
+        """Say hello if it is time; the seconds until it is time again."""
+        assert self._hello_again_s is not None
+        now_s = time.monotonic()
+        if now_s >= self._hello_again_s:
+            link.send(encode(msgspec.structs.replace(hello, term=self._term)))
+            self._hello_again_s = now_s + HELLO_AGAIN_S
+        return max(0.0, self._hello_again_s - now_s)
 
     def _answer(self, link: "zmq.Socket[bytes]", step: LaunchedStep) -> None:
         result, ack = step.finish()

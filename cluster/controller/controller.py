@@ -20,7 +20,20 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire.cluster.controller.cluster_admin import ClusterAdmin
 from quire.cluster.controller.discovery import Discovery, TokenizerFile, group_message, served_model, tokenizer_files
-from quire.cluster.controller.groups import Action, DrainAtScheduler, Group, GroupState, GroupTable, RankInfo, RestartRanks, StopRanks
+from quire.cluster.controller.groups import (
+    MAX_RESTARTS_IN_A_ROW,
+    STEADY_S,
+    Action,
+    DrainAtScheduler,
+    Group,
+    GroupState,
+    GroupTable,
+    RankInfo,
+    Reattach,
+    RestartRanks,
+    StopRanks,
+    restart_pause_s,
+)
 from quire.cluster.controller.process_actor import ProcessActor
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
@@ -182,6 +195,21 @@ class _Controller:
     # -- the scheduler -------------------------------------------------------------------------------------------------
 
     async def _run_scheduler(self) -> None:
+        """Keep a scheduler alive. One that dies takes its plans with it: ranks wait for the next, gateways submit to it again."""
+        num_failures = 0
+        while True:
+            started_s = monotonic()
+            code = await self._run_one_scheduler(num_failures)
+            num_failures = 1 if monotonic() - started_s >= STEADY_S else num_failures + 1
+            if self._is_stopping or num_failures > MAX_RESTARTS_IN_A_ROW:
+                self._finish(f"the scheduler ended with code {code}")
+                return
+            log.warning("the scheduler ended with code %d; the next one follows in %g s", code, restart_pause_s(num_failures))
+            await asyncio.sleep(restart_pause_s(num_failures))
+            self._perform(self._table.on_scheduler_lost())
+
+    async def _run_one_scheduler(self, num_before: int) -> int:
+        """Start a scheduler, and wait for its end; its exit code. num_before: how many there were just before it."""
         process = ProcessConfig(
             session_address=self._address("session"),
             steps_address=self._address("steps"),
@@ -195,11 +223,16 @@ class _Controller:
             heartbeat_s=RANK_LEASE_S / 3,
             min_step_timeout_s=MIN_STEP_TIMEOUT_S[self._plan.device],
         )
-        self._scheduler = ProcessActor.options(name="quire-scheduler").remote()
-        spec = {"process": asdict(process), "scheduler": asdict(scheduler), "journal": self._config.scheduler_journal}
+        former, self._scheduler = self._scheduler, ProcessActor.options(name=f"quire-scheduler-{scheduler.scheduler_id}").remote()
+        if former is not None:
+            await asyncio.to_thread(_forget, [former], None)
+        journal = self._config.scheduler_journal
+        if journal and num_before:
+            journal = f"{journal}.{num_before}"  # a journal is one scheduler's life
+        spec = {"process": asdict(process), "scheduler": asdict(scheduler), "journal": journal}
         await self._scheduler.start.remote("quire.cluster.scheduler.process", spec, str(self._log("scheduler")))
-        code = await self._scheduler.wait.remote()
-        self._finish(f"the scheduler ended with code {code}")
+        code: int = await self._scheduler.wait.remote()
+        return code
 
     async def _read_scheduler(self) -> None:
         while True:
@@ -226,7 +259,7 @@ class _Controller:
                     if query is not None and not query.done():
                         query.set_result(message)
 
-    async def _attach(self, group: Group) -> None:
+    async def _attach(self, group: Group, *, oldest_term: int = 0) -> None:
         plan = self._plan
         await self._link.send(
             encode(
@@ -241,6 +274,7 @@ class _Controller:
                     max_sequences=plan.max_sequences,
                     max_batched_tokens=plan.max_batched_tokens,
                     preemption=plan.preemption,
+                    oldest_term=oldest_term,
                 )
             )
         )
@@ -277,7 +311,9 @@ class _Controller:
         done, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in pending:
             end.cancel()
-        self._perform(self._table.on_lost(group.group_id, group.term, next(iter(done)).result(), now_s=monotonic()))
+        if self._ranks.get(group.group_id) is actors:  # under whatever term they are by now
+            current = self._table.groups[group.group_id]
+            self._perform(self._table.on_lost(group.group_id, current.term, next(iter(done)).result(), now_s=monotonic()))
 
     async def _restart_ranks(self, group_id: str, *, pause_s: float) -> None:
         """Start a group's ranks anew, all together, once the former ones are gone for good."""
@@ -340,6 +376,8 @@ class _Controller:
                     log.warning("group %s is %s; term %d follows in %g s", group_id, group.detail, group.term, pause_s)
                     self._spawn(self._link.send(encode(DetachGroup(group_id, lost_term, group.detail))))
                     self._spawn(self._restart_ranks(group_id, pause_s=pause_s))
+                case Reattach(group_id, oldest_term):
+                    self._spawn(self._attach(self._table.groups[group_id], oldest_term=oldest_term))
                 case DrainAtScheduler(group_id):
                     self._spawn(self._link.send(encode(DrainGroup(group_id, self._table.groups[group_id].term))))
         groups = self.groups()

@@ -35,7 +35,7 @@ EDGES: Final[Mapping[GroupState, frozenset[GroupState]]] = {
     GroupState.READY: frozenset(
         {
             GroupState.DRAINING,  # an operator asked
-            GroupState.STARTING,  # a rank died or was late: all of them are started anew
+            GroupState.STARTING,  # a rank died or was late: all of them are started anew; or its scheduler died, and the next takes over
             GroupState.STOPPED,  # it died too often
         }
     ),
@@ -46,6 +46,11 @@ EDGES: Final[Mapping[GroupState, frozenset[GroupState]]] = {
     ),
     GroupState.STOPPED: frozenset(),
 }
+
+
+def restart_pause_s(num_failures: int) -> float:
+    """How long to wait before the restart that follows the n-th failure in a row."""
+    return 0.0 if num_failures == 1 else min(MAX_PAUSE_S, 2.0 ** (num_failures - 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class Group:
     tensor_parallel_size: int
     state: GroupState = GroupState.STARTING
     term: int = 1  # of the scheduler's attachment; rises with each
+    ranks_term: int = 1  # under which its ranks were started
     num_restarts: int = 0
     num_failures: int = 0  # in a row
     ready_at_s: float | None = None  # since when its latest term is ready; None if no term ever was
@@ -100,7 +106,15 @@ class DrainAtScheduler:
     group_id: str
 
 
-Action = StopRanks | RestartRanks | DrainAtScheduler
+@dataclass(frozen=True, slots=True)
+class Reattach:
+    """Let a new scheduler plan for the group's ranks, which are there or on their way, under the group's new term."""
+
+    group_id: str
+    oldest_term: int  # under which any of these ranks was started
+
+
+Action = StopRanks | RestartRanks | Reattach | DrainAtScheduler
 
 
 class IllegalTransition(Exception):
@@ -162,13 +176,28 @@ class GroupTable:
             group,
             GroupState.STARTING,
             term=term + 1,
+            ranks_term=term + 1,
             num_restarts=group.num_restarts + 1,
             num_failures=num_failures,
             ranks=(),
             detail=f"started anew: {reason}",
         )
-        pause_s = 0.0 if num_failures == 1 else min(MAX_PAUSE_S, 2.0 ** (num_failures - 2))
-        return [RestartRanks(group_id, term, pause_s)]
+        return [RestartRanks(group_id, term, restart_pause_s(num_failures))]
+
+    def on_scheduler_lost(self) -> list[Action]:
+        """The scheduler died, and what it planned with it. Ranks keep the model and wait for the next one."""
+        actions: list[Action] = []
+        for group in list(self.groups.values()):
+            match group.state:
+                case GroupState.STARTING | GroupState.READY:
+                    self._set(group, GroupState.STARTING, term=group.term + 1, ranks=(), detail="its scheduler was started anew")
+                    actions.append(Reattach(group.group_id, group.ranks_term))
+                case GroupState.DRAINING:
+                    self._set(group, GroupState.STOPPED, detail="drained: its scheduler died")
+                    actions.append(StopRanks(group.group_id, group.term))
+                case GroupState.STOPPED:
+                    pass
+        return actions
 
     def on_drain_asked(self, group_id: str) -> list[Action]:
         """An operator asked to drain the group. Asking again changes nothing; a group that is starting is not needed at all."""

@@ -53,6 +53,7 @@ class Group:
     def __init__(self, attach: AttachGroup, *, ageing_s: float = math.inf) -> None:
         self.group_id = attach.group_id
         self.term = attach.term
+        self.oldest_term = attach.oldest_term or attach.term  # of the ranks that may be its own
         self.model = attach.model
         self.config = attach
         self.note: Note | None = None

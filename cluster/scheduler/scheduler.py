@@ -251,7 +251,7 @@ class Scheduler:
     def rank_hello(self, message: RankHello, now_s: float) -> None:
         """A rank is there. The group is ready when all are, and they agree on model, layout and version."""
         group = self.groups.get(message.group_id)
-        if group is None or group.term != message.term or group.is_ready:
+        if group is None or not group.oldest_term <= message.term <= group.term or group.is_ready:
             return  # of a term that is over, or one that the controller has not told us of: its lease will end it
         objection = _objection(group, message)
         if objection:

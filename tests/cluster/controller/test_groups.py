@@ -12,6 +12,7 @@ from quire.cluster.controller.groups import (
     GroupState,
     GroupTable,
     RankInfo,
+    Reattach,
     RestartRanks,
     StopRanks,
 )
@@ -113,6 +114,23 @@ def test_a_group_that_is_started_anew_can_be_drained() -> None:
     table.on_lost("g", 1, "died", now_s=6.0)
     assert table.on_drain_asked("g") == [StopRanks("g", 2)]
     assert table.groups["g"].state is GroupState.STOPPED
+
+
+def test_a_group_outlives_its_scheduler_with_the_ranks_that_it_has() -> None:
+    table = table_in(GroupState.READY)
+    assert table.on_scheduler_lost() == [Reattach("g", 1)]
+    assert table.on_scheduler_lost() == [Reattach("g", 1)]
+    group = table.groups["g"]
+    assert (group.state, group.term, group.ranks_term, group.num_restarts) == (GroupState.STARTING, 3, 1, 0)
+    assert table.on_lost("g", 3, "died", now_s=7.0) == [RestartRanks("g", 3, 0.0)]
+    assert table.on_scheduler_lost() == [Reattach("g", 4)]
+
+
+def test_a_scheduler_takes_what_a_draining_group_was_to_finish_with_it() -> None:
+    table = table_in(GroupState.DRAINING)
+    assert table.on_scheduler_lost() == [StopRanks("g", 1)]
+    assert table.groups["g"].state is GroupState.STOPPED
+    assert table.on_scheduler_lost() == []
 
 
 def test_every_state_has_its_edges_listed_and_nothing_follows_the_last() -> None:
