@@ -7,7 +7,11 @@ from quire.bench import cpu, engine, gateway, kernels, scheduler_load, serve_loa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    serve = benchmarks.add_parser("serve", help="load on a running server", description="Closed-loop load on a running server.")
+    serve = benchmarks.add_parser(
+        "serve",
+        help="load on a running server",
+        description="Load on a running server: a closed loop, or requests that arrive by themselves.",
+    )
     serve_load.add_arguments(serve)
     serve.set_defaults(run_benchmark=serve_load.run)
     edge = benchmarks.add_parser(
