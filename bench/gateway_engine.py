@@ -8,11 +8,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import zmq
 
+from quire.bench.gateway_measures import EngineRecord
 from quire.common.child_process import enter_child
 from quire.common.clock import monotonic
 from quire.common.messages import (
@@ -51,16 +52,6 @@ class EngineSpec:
     report_address: str  # where it is told its tick, and tells what happened since it was told the last one
     model: str
     max_request_tokens: int
-
-
-@dataclass(slots=True)
-class EngineRecord:
-    """What the engine did since it was asked the last time. Times are of the machine's monotonic clock, in seconds."""
-
-    # By the request's seed, which is how its client knows it.
-    submit_s: dict[int, float] = field(default_factory=dict)
-    token_s: dict[int, list[float]] = field(default_factory=dict)  # when each token left
-    num_cancels: int = 0  # requests that their gateway ended
 
 
 @dataclass(slots=True)

@@ -4,8 +4,27 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quire.bench.gateway_engine import EngineRecord
 from quire.bench.percentile import percentile
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLoad:
+    """Each of num_streams callers sends its next request when its last one has ended; they begin one tick after another."""
+
+    num_streams: int
+    num_tokens: int  # of each request
+    num_requests: int  # of each caller
+    tick_s: float
+
+
+@dataclass(slots=True)
+class EngineRecord:
+    """What the engine did since it was asked the last time. Times are of the machine's monotonic clock, in seconds."""
+
+    # By the request's seed, which is how its client knows it.
+    submit_s: dict[int, float] = field(default_factory=dict)
+    token_s: dict[int, list[float]] = field(default_factory=dict)  # when each token left
+    num_cancels: int = 0  # requests that their gateway ended
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """A client process of `quire bench serve`: `python -m quire.bench.serve_child`.
 
-It says that it is ready, waits to be told when the load starts, tells of each request that ends, and at last all records.
+It says that it is ready, waits to be told when the load starts, tells of each request that ends, and at last that all have. Each
+message is a line of JSON on a Unix socket: this command needs nothing but the SDK.
 """
 
 import asyncio
@@ -10,9 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-import zmq
-import zmq.asyncio
-
 from quire.bench.request_meter import RequestRecord, measure_stream
 from quire.bench.serve_requests import LoadSpec, PlannedRequest, plan_requests, share_of
 from quire.client import AsyncClient, QuireError
@@ -21,8 +19,8 @@ from quire.common.clock import monotonic
 
 # Requests of an open loop that one process may have in flight; beyond them arrivals wait, which the report shows as lateness.
 MAX_IN_FLIGHT: Final = 1_000
-# Last messages may take so long to leave.
-LINGER_MS: Final = 2_000
+# Longest message: a request's times, some bytes per token.
+MAX_MESSAGE_BYTES: Final = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,53 +87,39 @@ async def _send(
     return SentRequest(request.number, record, 0.0 if arrival_s is None else now_s - arrival_s, monotonic() - load_start_s)
 
 
-async def run(spec: LoadSpec, *, process: int, address: str) -> None:
-    """One process's share of the load; address: where its parent listens."""
-    context = zmq.asyncio.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, LINGER_MS)
-    socket.connect(address)
+async def run(spec: LoadSpec, *, process: int, socket_path: str) -> None:
+    """One process's share of the load; socket_path: where its parent listens."""
+    reader, writer = await asyncio.open_unix_connection(socket_path, limit=MAX_MESSAGE_BYTES)
+
+    def tell(kind: str, **fields: Any) -> None:
+        writer.write(json.dumps({"kind": kind, **fields}).encode() + b"\n")  # the parent reads at once
+
+    def on_end(request: SentRequest) -> None:
+        tell("end", request=asdict(request))
+
     try:
         requests, num_callers = share_of(plan_requests(spec), spec, process=process)
         async with AsyncClient(spec.address) as client:
             await client.models()  # connects
-            await _tell(socket, {"kind": "ready"})
-            start_s = float(json.loads(await socket.recv())["start_s"])
+            tell("ready")
+            start_s = float(json.loads(await reader.readline())["start_s"])
             await asyncio.sleep(start_s - monotonic())
-            sent: list[SentRequest] = []
-            ended: asyncio.Queue[SentRequest | None] = asyncio.Queue()  # at most as many as there are requests
-            teller = asyncio.create_task(_tell_ends(socket, ended))
-
-            def on_end(request: SentRequest) -> None:
-                sent.append(request)
-                ended.put_nowait(request)
-
             if spec.rate_per_s is None:
                 await send_closed(client, spec, requests, num_callers=num_callers, start_s=start_s, on_end=on_end)
             else:
                 await send_open(client, spec, requests, start_s=start_s, on_end=on_end)
-            ended.put_nowait(None)
-            await teller
-            await _tell(socket, {"kind": "records", "requests": [asdict(request) for request in sent]})
+        tell("done")
     except QuireError as error:
-        await _tell(socket, {"kind": "error", "message": error.message, "reason": error.reason})
-    finally:
-        context.destroy(linger=LINGER_MS)
-
-
-async def _tell_ends(socket: zmq.asyncio.Socket, ended: "asyncio.Queue[SentRequest | None]") -> None:
-    while (request := await ended.get()) is not None:
-        await _tell(socket, {"kind": "end", "failed": request.record.error is not None})
-
-
-async def _tell(socket: zmq.asyncio.Socket, message: dict[str, Any]) -> None:
-    await socket.send(json.dumps(message).encode())
+        tell("error", message=error.message, reason=error.reason)
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
 
 
 def main(spec: dict[str, Any]) -> int:
     """Run to the end of the load."""
     load = spec["load"] | {"prompts": tuple(spec["load"]["prompts"])}
-    asyncio.run(run(LoadSpec(**load), process=spec["process"], address=spec["address"]))
+    asyncio.run(run(LoadSpec(**load), process=spec["process"], socket_path=spec["socket_path"]))
     return 0
 
 

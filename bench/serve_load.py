@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
         late_s=() if spec.rate_per_s is None else tuple(request.late_s for request in sent),
         objectives_s=objectives_s,
     )
-    if args.plot is not None:
-        plot_load(report, args.plot, figures)
     print(json.dumps(report_as_json(report)) if args.json else report_as_text(report, each=args.each))
+    if args.plot is not None:  # last: a file that cannot be written must not cost the numbers
+        plot_load(report, args.plot, figures)
     return 1 if report.num_failed else 0
 
 

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 from quire_command import quire
 
-from quire.bench.gateway import GatewayLoad, GatewayReport, gateway_bench, report_as_json, report_as_text
-from quire.bench.gateway_engine import EngineRecord
-from quire.bench.gateway_measures import GatewayMeasures, StreamTimes, measure, median_measures
+from quire.bench.gateway import GatewayReport, report_as_json, report_as_text
+from quire.bench.gateway_measures import EngineRecord, GatewayLoad, GatewayMeasures, StreamTimes, measure, median_measures
+from quire.bench.gateway_processes import gateway_bench
 
 TINY = ("--streams", "3", "--tokens", "5", "--requests", "2", "--rounds", "2", "--tick", "0.01", "--saturating-tick", "0.004")
 
