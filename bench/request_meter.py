@@ -17,6 +17,12 @@ class RequestRecord:
     tpot_s: float | None  # mean time per token after the first message's; None if all came with it
     total_s: float
     error: str | None
+    gaps_s: tuple[float, ...] = ()  # ITL: between messages with tokens, over all sequences
+
+    @property
+    def normalized_s(self) -> float | None:
+        """The whole time per token; None without tokens."""
+        return self.total_s / self.num_tokens if self.num_tokens else None
 
     @property
     def tokens_per_s(self) -> float:
@@ -32,6 +38,7 @@ class RequestMeter:
         self._last_s = start_s
         self._num_first_tokens = 0
         self._num_tokens = 0
+        self._gaps_s: list[float] = []
         self._usage: Usage | None = None
 
     def add(self, delta: Delta, *, now_s: float) -> None:
@@ -39,6 +46,8 @@ class RequestMeter:
         if not delta.token_ids:
             return
         self._num_tokens += len(delta.token_ids)
+        if self._first_s is not None:
+            self._gaps_s.append(now_s - self._last_s)
         self._last_s = now_s
         if self._first_s is None:
             self._first_s = now_s
@@ -53,14 +62,18 @@ class RequestMeter:
             tpot_s=(self._last_s - self._first_s) / num_later if self._first_s is not None and num_later else None,
             total_s=now_s - self._start_s,
             error=error,
+            gaps_s=tuple(self._gaps_s),
         )
 
 
 async def measure_stream(
-    stream: AsyncStream, *, on_delta: Callable[[Delta], None] | None = None, clock: Clock = monotonic
+    stream: AsyncStream, *, on_delta: Callable[[Delta], None] | None = None, start_s: float | None = None, clock: Clock = monotonic
 ) -> RequestRecord:
-    """Read a stream that was opened just now to its end. An error of the request is part of its record."""
-    meter = RequestMeter(start_s=clock())
+    """Read a stream that was opened just now to its end. An error of the request is part of its record.
+
+    start_s: when the request arrived, if that was before it was sent
+    """
+    meter = RequestMeter(start_s=clock() if start_s is None else start_s)
     try:
         async with stream:
             async for delta in stream:

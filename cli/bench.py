@@ -2,14 +2,25 @@
 
 import argparse
 
-from quire.bench import cpu, engine, kernels, scheduler_load, serve_load
+from quire.bench import cpu, engine, gateway, kernels, scheduler_load, serve_load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    serve = benchmarks.add_parser("serve", help="load on a running server", description="Closed-loop load on a running server.")
+    serve = benchmarks.add_parser(
+        "serve",
+        help="load on a running server",
+        description="Load on a running server: a closed loop, or requests that arrive by themselves.",
+    )
     serve_load.add_arguments(serve)
     serve.set_defaults(run_benchmark=serve_load.run)
+    edge = benchmarks.add_parser(
+        "gateway",
+        help="what the gateway adds to an engine",
+        description="What the gateway adds to the times of an engine that only ticks, and how much it carries; no server is needed.",
+    )
+    gateway.add_arguments(edge)
+    edge.set_defaults(run_benchmark=gateway.run)
     scheduler = benchmarks.add_parser(
         "scheduler", help="CPU time of the scheduler", description="CPU time of the scheduler, per sequence and step; no server is needed."
     )

@@ -14,7 +14,7 @@ from quire_command import QUIRE, environment, quire, start_quire
 
 from quire.cli.request_flags import FLAGS
 from quire.client import ChatOptions, GenerateOptions
-from quire.v1 import cluster_pb2
+from quire.v1 import cluster_pb2, inference_pb2
 
 
 def test_every_option_of_generate_has_a_flag() -> None:
@@ -205,7 +205,7 @@ def test_bench_serve_reports_the_load(server: FakeServer, tmp_path: Path, as_jso
         assert set(report["ttft_s"]) == {"mean", "p50", "p90", "p99"}
     else:
         assert "5 requests, 2 at a time: 20 tokens" in done.stdout
-    load = server.requests[1:]
+    load = [request for request in server.requests if isinstance(request, inference_pb2.GenerateRequest)][1:]  # the first one connects
     assert sorted(request.text for request in load) == ["one", "one", "one", "two", "two"]
     assert sorted(request.sampling.seed for request in load) == [0, 1, 2, 3, 4]
     assert {request.stopping.max_tokens for request in load} == {9}
