@@ -39,13 +39,17 @@ def skinny_linear(
     overlaps: whether the program may start while the kernel before it ends. It reads nothing but weights before that has ended,
               and lets the kernel after it start likewise, which must also be one that waits.
 
-    Sums are float32. The norm's factor is applied to the sums, not to the inputs: a row is read once.
+    Sums are float32. The norm's factor is applied to the sums, not to the inputs: a row is read once. Until then its numbers are as
+    large as the residual stream's, times the norm's weights, and rounded to the inputs' dtype: but for float16, which would
+    overflow at 65504. Those stay float32, and so are not for tensor cores.
     """
     num_rows, num_inputs = inputs.shape
     num_columns = weight.shape[0] // 2 if is_gated else weight.shape[0]
     assert inputs.stride(1) == 1, inputs.stride()
     assert weight.stride() == (num_inputs, 1), weight.stride()
+    assert weight.dtype == inputs.dtype, (weight.dtype, inputs.dtype)
     assert num_inputs % tile.num_inputs == 0, (weight.shape, tile)
+    assert norm is None or inputs.dtype != torch.float16 or not tile.uses_tensor_cores, tile
     assert residual is None or (not is_gated and residual.stride(1) == 1)
     if residual is not None:
         output = residual
@@ -127,7 +131,10 @@ def _skinny_linear_kernel(
         if norm is not None:
             exact = numbers.to(tl.float32)
             squares += tl.sum(exact * exact, 1)
-            numbers = (exact * tl.load(norm + first + place).to(tl.float32)[None, :]).to(numbers.dtype)
+            exact *= tl.load(norm + first + place).to(tl.float32)[None, :]
+            # Were bfloat16 kept in float32 too, a gated row of 4096 would take 166 registers instead of 128 (Triton 3.6): a
+            # quarter fewer programs on a multiprocessor, and as many loads fewer in flight.
+            numbers = exact if numbers.dtype == tl.float16 else exact.to(numbers.dtype)
         tile = tl.load(weights + first, mask=is_column[:, None], other=0.0)
         if USES_DOT:
             sums = tl.dot(numbers, tl.trans(tile), sums, input_precision="ieee")

@@ -50,11 +50,38 @@ def test_every_kind_of_product_is_right(num_rows: int, tile: LinearTile, kind: s
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("kind", ["plain", "norm", "residual", "gated"])
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
-def test_half_precision_is_summed_in_float32(tile: LinearTile, kind: str) -> None:
-    actual, expected = products(1, 37, 256, tile, torch.float16, kind=kind)
+@pytest.mark.parametrize(
+    ("tile", "kind"),
+    [("multiplied", "plain"), ("multiplied", "norm"), ("multiplied", "residual"), ("multiplied", "gated"),
+     ("tensor cores", "plain"), ("tensor cores", "residual")],
+)  # fmt: skip
+def test_half_precision_is_summed_in_float32(tile: str, kind: str) -> None:
+    actual, expected = products(1, 37, 256, TILES[tile], torch.float16, kind=kind)
     torch.testing.assert_close(actual, expected, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", ["norm", "gated"])
+def test_tensor_cores_are_not_given_float16_numbers_without_their_factor(kind: str) -> None:
+    with pytest.raises(AssertionError, match="uses_tensor_cores=True"):
+        products(1, 37, 256, TILES["tensor cores"], torch.float16, kind=kind)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(("size", "norm_size"), [(1e4, 8.0), (1e-3, 1e-3)])
+def test_a_float16_row_is_normed_whatever_the_size_of_its_numbers(size: float, norm_size: float, is_gated: bool) -> None:
+    """A number times its norm's weight lies beyond float16, as massive activations do, or where float16 has few digits."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(kernel_device())
+
+    row, norm = (numbers(1, 256) * size).half(), ((1 + 0.1 * numbers(256)) * norm_size).half()
+    weight = (numbers(74, 256) / 16 / norm_size).half()
+    expected = skinny_linear_reference(row.float(), weight.float(), norm=norm.float(), eps=1e-9, residual=None, is_gated=is_gated)
+    actual = skinny_linear(row, weight, tile=TILES["multiplied"], norm=norm, eps=1e-9, is_gated=is_gated)
+    torch.testing.assert_close(actual.float(), expected, atol=2e-3, rtol=4e-3)
 
 
 @pytest.mark.gpu
