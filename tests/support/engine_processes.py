@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +28,12 @@ from quire.common.messages import (
 from quire.worker.rank_spec import make_rank_spec
 
 GROUP: Final = "quire-tales-0"
+RANK: Final = b"quire-tales-0/0"
 START_TIMEOUT_S: Final = 120.0
 # Longer than a scheduler is gone in a test.
 RANK_LEASE_S: Final = 60.0
+# How often the relay looks whether it is to end.
+RELAY_POLL_MS: Final = 50
 
 
 class EngineProcesses:
@@ -43,14 +47,15 @@ class EngineProcesses:
         self._control = connect_dealer(self._context, self.addresses["control"], CONTROLLER_IDENTITY)
         self.term = 0
         self._num_queries = 0
+        self._rank_link = self._context.socket(zmq.ROUTER)
+        self._rank_link.setsockopt(zmq.LINGER, 0)
+        self._rank_link.bind(f"ipc://{folder / 'rank'}")
         self._start_scheduler()
         spec = make_rank_spec(
-            self.plan, group_id=GROUP, term=1, rank=0, scheduler_address=self.addresses["steps"], rank_lease_s=RANK_LEASE_S,
-            log_level="info", folder=folder,
+            self.plan, group_id=GROUP, term=1, rank=0, scheduler_address=f"ipc://{folder / 'rank'}",
+            rank_lease_s=RANK_LEASE_S, log_level="info", folder=folder,
         )  # fmt: skip
-        # The scheduler knows the group before its rank says hello.
         self._attach()
-        self.status()
         self.rank = start_child("quire.worker.rank_process", asdict(spec), log_path=folder / "rank.log")
         self._await_ready()
 
@@ -58,9 +63,9 @@ class EngineProcesses:
         """kill -9, a new process at the same addresses, and the rank, which lives, under a higher term."""
         self.scheduler.kill()
         self.scheduler.wait()
+        self._stop_relay()
         self._start_scheduler()
         self._attach()
-        self.status()
         self._say_hello_again()
         self._await_ready()
 
@@ -73,6 +78,7 @@ class EngineProcesses:
                 return message
 
     def close(self) -> None:
+        self._stop_relay()
         self._context.destroy(linger=0)
         for child in (self.rank, self.scheduler):
             stop_child(child)
@@ -84,6 +90,7 @@ class EngineProcesses:
         self.scheduler = start_child("quire.cluster.scheduler.process", spec, log_path=self._folder / "scheduler.log")
 
     def _attach(self) -> None:
+        """Have the scheduler know the group, and then its rank's messages reach it."""
         plan = self.plan
         self.term += 1
         self._control.send(
@@ -94,10 +101,32 @@ class EngineProcesses:
                 )
             )
         )  # fmt: skip
+        self.status()  # answered behind the attachment
+        self._steps = connect_dealer(self._context, self.addresses["steps"], RANK)
+        self._relay_ends = threading.Event()
+        self._relay = threading.Thread(target=self._run_relay)
+        self._relay.start()
+
+    def _run_relay(self) -> None:
+        """Carry messages between rank and scheduler. So a hello in the rank's name comes on the connection that plans go by."""
+        poller = zmq.Poller()
+        for socket in (self._rank_link, self._steps):
+            poller.register(socket, zmq.POLLIN)
+        while not self._relay_ends.is_set():
+            for socket, _ in poller.poll(RELAY_POLL_MS):
+                if socket is self._steps:
+                    self._rank_link.send_multipart([RANK, self._steps.recv()])
+                else:
+                    self._steps.send(self._rank_link.recv_multipart()[1])
+
+    def _stop_relay(self) -> None:
+        self._relay_ends.set()
+        self._relay.join()
+        self._steps.close()
 
     def _say_hello_again(self) -> None:
         """In the place of whoever attaches ranks that outlived their scheduler: a rank says hello once in its life."""
-        socket = connect_dealer(self._context, self.addresses["steps"], b"attaches/0")
+        socket = connect_dealer(self._context, f"ipc://{self._folder / 'rank'}", f"attaches-{self.term}".encode())
         socket.send(
             encode(
                 RankHello(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fake_scheduler import FakeScheduler, Script
 from gateway_parts import LIMITS, until
+from msgspec.structs import replace
 
 from quire.cluster.gateway.request_stream import RequestStream, TokenEntry
 from quire.cluster.gateway.resubmission import MAX_LOSSES, end_what_has_ended, next_attempt
@@ -153,8 +154,7 @@ def test_log_probabilities_of_tokens_add_up_and_those_of_the_prompt_are_not_aske
 
 
 def test_a_beam_search_begins_anew_and_what_came_of_it_may_come_again() -> None:
-    message = submit(num_sequences=1, beam=BeamSearch(num_beams=2))
-    message = Submit(*(getattr(message, name) if name != "n" else 2 for name in Submit.__struct_fields__))
+    message = replace(submit(beam=BeamSearch(num_beams=2)), n=2)
     stream = stream_of(message)
     stream.receive(sequence=0, first_offset=0, token_ids=[8, 9])
     stream.finish(ended(0, num_tokens=2))
