@@ -1,5 +1,6 @@
 """A real scheduler process and a real rank process for a gateway, without Ray: the test kills, restarts and attaches them."""
 
+import asyncio
 import contextlib
 import tempfile
 import threading
@@ -59,12 +60,18 @@ class EngineProcesses:
         self.rank = start_child("quire.worker.rank_process", asdict(spec), log_path=folder / "rank.log")
         self._await_ready()
 
-    def restart_scheduler(self) -> None:
-        """kill -9, a new process at the same addresses, and the rank, which lives, under a higher term."""
+    async def restart_scheduler(self) -> None:
+        """kill -9, a new process at the same addresses, and the rank, which lives, under a higher term.
+
+        Processes are started on the main thread, for they end with the thread that starts them; the gateway runs on meanwhile.
+        """
         self.scheduler.kill()
         self.scheduler.wait()
-        self._stop_relay()
         self._start_scheduler()
+        await asyncio.to_thread(self._attach_again)
+
+    def _attach_again(self) -> None:
+        self._stop_relay()
         self._attach()
         self._say_hello_again()
         self._await_ready()
@@ -78,10 +85,10 @@ class EngineProcesses:
                 return message
 
     def close(self) -> None:
-        self._stop_relay()
-        self._context.destroy(linger=0)
         for child in (self.rank, self.scheduler):
             stop_child(child)
+        self._stop_relay()
+        self._context.destroy(linger=0)
 
     def _start_scheduler(self) -> None:
         process = {f"{link}_address": address for link, address in self.addresses.items()}

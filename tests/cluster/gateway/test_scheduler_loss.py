@@ -125,7 +125,7 @@ async def test_streams_end_with_the_undisturbed_tokens_after_two_kills_of_the_sc
         for num_tokens in KILL_AFTER_TOKENS:
             await until(functools.partial(have_all, disturbed, num_tokens), timeout_s=TIMEOUT_S)
             assert not any(stream.ends for stream in disturbed), "the kill is to come in their midst"
-            await asyncio.to_thread(engine.restart_scheduler)
+            await engine.restart_scheduler()
         await ends
     assert all(stream.num_completion_tokens == sum(map(len, stream.token_ids.values())) for stream in undisturbed)
     for stream, expected in zip(disturbed, undisturbed, strict=True):
@@ -145,7 +145,7 @@ async def test_beams_begin_anew_and_come_out_the_same(engine: EngineProcesses, i
         await ends
         disturbed, ends = await run_all(inference, requests)
         await until(lambda: engine.status().queue.num_running_requests == 2)
-        await asyncio.to_thread(engine.restart_scheduler)
+        await engine.restart_scheduler()
         await ends
     for stream, expected in zip(disturbed, undisturbed, strict=True):
         assert stream.num_tokens > 0
