@@ -10,7 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -166,7 +166,6 @@ def plan_model(config: ModelConfig) -> ModelPlan:
             f"{folder.num_kv_heads} key heads cannot be split over {tensor_parallel_size} ranks: one number must be a multiple of the "
             "other; use another tensor_parallel_size"
         )
-    _refuse_later_features(config)
     device = _device(config)
     dtype = ("float32" if device == "cpu" else folder.dtype) if config.dtype == "auto" else config.dtype
     default_sequences, default_tokens = _BATCH_LIMITS[device]
@@ -335,18 +334,6 @@ def _check_ranges(config: ServeConfig) -> None:
     ):
         if not 0 < seconds < 1e6:
             raise ConfigError(f"{name} is {seconds}; it must be above 0 and below 1000000")
-
-
-def _refuse_later_features(config: ModelConfig) -> None:
-    later = {
-        "groups": config.groups > 1,
-    }
-    defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
-    for name, asked in later.items():
-        if asked:
-            raise NotSupported(
-                f"{name} = {getattr(config, name)} is not supported yet; leave it at {defaults[name]}", reason="SETTING_NOT_SUPPORTED"
-            )
 
 
 def _device(config: ModelConfig) -> str:

@@ -48,9 +48,9 @@ log = logging.getLogger("quire.controller")
 
 # A rank that hears nothing for this long exits by itself; the scheduler sends something every third of it.
 RANK_LEASE_S: Final = 15.0
-# A step may take this long at least before its group counts as hung. Longer than the scheduler's own default: a rank on a
-# busy CPU stands still for seconds, and starting it anew would take more of them.
-MIN_STEP_TIMEOUT_S: Final = 10.0
+# A step may take this long at least before its group counts as hung, by device. A rank on a busy CPU stands still for seconds,
+# and starting it anew would take more of them.
+MIN_STEP_TIMEOUT_S: Final = {"cpu": 10.0, "cuda": 3.0}
 # How long the scheduler may take to answer a question for gauges.
 STATUS_TIMEOUT_S: Final = 5.0
 # How long Ray may take to place a group whose resources are there.
@@ -193,7 +193,7 @@ class _Controller:
             max_waiting_requests=self._config.max_waiting_requests,
             max_waiting_tokens=self._config.max_waiting_tokens,
             heartbeat_s=RANK_LEASE_S / 3,
-            min_step_timeout_s=MIN_STEP_TIMEOUT_S,
+            min_step_timeout_s=MIN_STEP_TIMEOUT_S[self._plan.device],
         )
         self._scheduler = ProcessActor.options(name="quire-scheduler").remote()
         spec = {"process": asdict(process), "scheduler": asdict(scheduler), "journal": self._config.scheduler_journal}
