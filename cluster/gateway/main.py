@@ -138,6 +138,7 @@ class Gateway:
         """Nothing new, NOT_SERVING, and what runs gets drain_timeout_s to finish."""
         self.gate.close()
         self.health.shut_down()
+        self.link.stop_waiting()
         log.info("draining %d calls for at most %g s", self.gate.num_calls, self._config.drain_timeout_s)
         if not await self.gate.drain(timeout_s=self._config.drain_timeout_s):
             log.warning("%d calls did not finish in time and are ended", self.gate.num_calls)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from quire.common.errors import InternalError, QuireError
-from quire.common.messages import Finished, Logprobs
+from quire.common.messages import EndReason, Finished, Logprobs, Spans, UsageCounts
 
 
 class TokenEntry(NamedTuple):
@@ -26,12 +26,17 @@ def token_entries(columns: Logprobs) -> list[TokenEntry]:
 class SequenceStream:
     """The tokens of one sequence on their way from the scheduler to the client."""
 
-    # Invariant: the last len(unsent) of num_received tokens are in `unsent`, and their entries, if any are asked for, beside them.
-    num_received: int = 0
+    # Invariant: `unsent` are the last of token_ids, and their entries, if any are asked for, lie beside them.
+    token_ids: list[int] = field(default_factory=list)  # all that came: with these the sequence can be resumed elsewhere
     unsent: list[int] = field(default_factory=list)
     unsent_entries: list[TokenEntry] = field(default_factory=list)
     finished: Finished | None = None
     is_dropped: bool = False  # nobody wants its further tokens
+    cumulative_logprob: float = 0.0  # of token_ids, as far as their log probabilities were asked for
+
+    @property
+    def num_received(self) -> int:
+        return len(self.token_ids)
 
     def take(self, *, max_tokens: int) -> tuple[list[int], list[TokenEntry]]:
         """The tokens that have not been taken yet, however many have come since the last time, but at most max_tokens."""
@@ -74,6 +79,13 @@ class RequestStream:
         self.error: QuireError | None = None
         self._has_entries = has_entries
         self._num_prompt_entries = num_prompt_entries
+        self._is_repeated = False  # this attempt began anew, so what an earlier one brought may come again
+        self._num_ended_tokens = 0  # of the sequences that ended in this attempt, by the scheduler's account
+
+    @property
+    def has_prompt_entries(self) -> bool:
+        """Whether nothing of the prompt's log probabilities is missing."""
+        return len(self.prompt_entries) == self._num_prompt_entries
 
     @property
     def is_over(self) -> bool:
@@ -91,7 +103,7 @@ class RequestStream:
             self.fail(InternalError(f"{text}, but {num_known} of it are there", reason="TOKENS_LOST"))
             return
         if stream.finished is not None:
-            return
+            return  # by the gateway's Finish, or in an earlier attempt
         num_known = stream.num_received - first_offset
         news = token_ids[num_known:]
         if stream.num_received + len(news) > self.max_tokens:
@@ -105,7 +117,9 @@ class RequestStream:
             text = f"{len(self.prompt_entries)} of {self._num_prompt_entries} log probabilities of the prompt came before the first token"
             self.fail(InternalError(text, reason="LOGPROBS_LOST"))
             return
-        stream.num_received += len(news)
+        stream.token_ids.extend(news)
+        if self._has_entries:
+            stream.cumulative_logprob += sum(entry.logprob for entry in entries[num_known:])
         if not stream.is_dropped:
             stream.unsent.extend(news)
             if self._has_entries:
@@ -127,20 +141,41 @@ class RequestStream:
         if self.is_over:
             return
         stream = self.sequences[finished.sequence] if finished.sequence < len(self.sequences) else None
-        if stream is None or stream.finished is not None:
+        if stream is None or (stream.finished is not None and not self._is_repeated):
             self.fail(InternalError(f"sequence {finished.sequence} of {len(self.sequences)} ended twice", reason="TOKENS_LOST"))
             return
         # The account counts the tokens of all sequences that ended so far.
-        num_before = self.finished.usage.num_completion_tokens if self.finished is not None else 0
-        num_tokens = finished.usage.num_completion_tokens - num_before
+        num_tokens = finished.usage.num_completion_tokens - self._num_ended_tokens
         if num_tokens > stream.num_received:
             self.fail(InternalError(f"{num_tokens} tokens were generated, {stream.num_received} came", reason="TOKENS_LOST"))
             return
+        self._num_ended_tokens = finished.usage.num_completion_tokens
         stream.finished = self.finished = finished
         # A search may end with fewer sequences than were asked for; of those nothing was ever heard.
         left = [index for index, other in enumerate(self.sequences) if other.finished is None and other.num_received > 0]
         if finished.is_last and left:
             self.error = InternalError(f"the request ended without an end of sequence {left[0]}", reason="TOKENS_LOST")
+
+    def end_here(self, index: int, reason: EndReason, *, stop_id: int | None = None) -> None:
+        """A sequence has reached an end that the tokens themselves show, and no scheduler is there to confirm it.
+
+        The account is the last that came: what the lost scheduler knew of times and cached tokens went with it.
+        """
+        if self.is_over or self.sequences[index].finished is not None:
+            return
+        is_last = all(other.finished is not None for place, other in enumerate(self.sequences) if place != index)
+        usage = self.finished.usage if self.finished is not None else UsageCounts(0, 0, 0)
+        spans = self.finished.spans if self.finished is not None else Spans(0.0, 0.0, 0.0, 0.0)
+        num_preemptions = self.finished.num_preemptions if self.finished is not None else 0
+        logprob = self.sequences[index].cumulative_logprob if self._has_entries else None
+        finished = Finished(0, index, reason, stop_id, is_last, usage, spans, num_preemptions, logprob)
+        self.sequences[index].finished = self.finished = finished
+
+    def begin_attempt(self, attempt: int, *, is_repeated: bool) -> None:
+        """The request is submitted once more, under another number. is_repeated: from its start, ended sequences included."""
+        self.attempt, self.handle = attempt, None
+        self._num_ended_tokens = 0
+        self._is_repeated = is_repeated
 
     def fail(self, error: QuireError) -> None:
         """The request ended without success."""

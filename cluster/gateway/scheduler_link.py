@@ -15,11 +15,13 @@ from zmq.utils.monitor import parse_monitor_message
 
 from quire.cluster.gateway.error_place import place_of
 from quire.cluster.gateway.request_stream import RequestStream, token_entries
+from quire.cluster.gateway.resubmission import MAX_LOSSES, end_what_has_ended, next_attempt
 from quire.common.errors import InternalError, Overloaded, QuireError, Unavailable, error_from_code
 from quire.common.messages import (
     PROTOCOL_VERSION,
     Accepted,
     Cancel,
+    EndReason,
     Failed,
     Finish,
     Finished,
@@ -71,6 +73,9 @@ class LinkBounds:
     max_outbox_messages: int = 10_000
     # A Submit is accepted or rejected at once unless the scheduler hangs.
     accept_timeout_s: float = 20.0
+    # How long a request whose scheduler was lost waits for one that takes it; longer than a scheduler and its groups need to
+    # come back.
+    recovery_timeout_s: float = 60.0
     # Undecodable messages in a row after which the link is given up: then the versions differ in more than their numbers.
     max_bad_messages: int = 100
     # Failures of the link's own loops, which are bugs: the link is opened anew after each, later each time, until there were
@@ -84,9 +89,9 @@ DEFAULT_BOUNDS: Final = LinkBounds()
 
 
 class SchedulerStream(RequestStream):
-    """A RequestStream whose reader can wait for news."""
+    """A RequestStream whose reader can wait for news, and what it takes to submit the request again."""
 
-    def __init__(self, submit: Submit) -> None:
+    def __init__(self, submit: Submit, *, now_s: float) -> None:
         sampling = submit.sampling
         super().__init__(
             submit.request_id,
@@ -96,8 +101,13 @@ class SchedulerStream(RequestStream):
             has_entries=sampling.num_logprobs is not None and submit.beam is None,
             num_prompt_entries=len(submit.prompt_ids) - 1 if sampling.num_prompt_logprobs is not None else 0,
         )
+        self.submit = submit  # the first one
+        self.submitted_s = now_s  # loop time of that
+        self.is_lost = False  # it is at no scheduler, and waits for one
+        self.num_losses = 0
+        self.recover_by_s: float | None = None  # loop time; from the loss of its scheduler until another one accepts it
         self._news = asyncio.Event()
-        self._accept_timer: asyncio.TimerHandle | None = None
+        self._answer_timer: asyncio.TimerHandle | None = None
 
     async def wait_for_news(self) -> None:
         """Until something changes that the reader has not seen: it looks first, and then waits."""
@@ -109,20 +119,22 @@ class SchedulerStream(RequestStream):
         self._news.set()
 
     def expect_answer(self, timer: asyncio.TimerHandle) -> None:
-        """Until the scheduler has accepted or rejected the request, this timer runs."""
-        self._accept_timer = timer
+        """Until a scheduler has accepted or rejected the request, this timer runs."""
+        self.answered()
+        self._answer_timer = timer
 
     def answered(self) -> None:
         """The scheduler spoke of the request, or nobody waits for that any more."""
-        if self._accept_timer is not None:
-            self._accept_timer.cancel()
-            self._accept_timer = None
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+            self._answer_timer = None
 
 
 class SchedulerLink:
     """Gives requests to the scheduler and its answers to their streams.
 
-    A broken link fails every request on it: the scheduler cancels them when it notices, or is gone.
+    A broken link loses no request: the scheduler cancels them when it notices, or is gone, and each is submitted again, with
+    the tokens that came, to the one that welcomes this gateway next.
     """
 
     # Invariant: while _address is set, either the loops in _tasks run, or _reopening does, or has_failed is set.
@@ -151,6 +163,8 @@ class SchedulerLink:
         self._limits: Mapping[str, ModelLimits] = MappingProxyType({})
         self._num_bad_messages = 0
         self._hello_timer: asyncio.TimerHandle | None = None
+        self._retry_timer: asyncio.TimerHandle | None = None  # runs while lost requests wait that a scheduler would not take yet
+        self._waits_for_schedulers = True
         self._session = 0  # the number that the last Welcome had
         self.scheduler_id: str | None = None  # None while the link is down
 
@@ -167,6 +181,13 @@ class SchedulerLink:
     def num_requests(self) -> int:
         """Those in flight: submitted and not over."""
         return len(self._by_id)
+
+    def stop_waiting(self) -> None:
+        """For a gateway that is about to end: what is at no scheduler now, or loses its own, fails, so that its client can go to
+        another gateway."""
+        self._waits_for_schedulers = False
+        for stream in [stream for stream in self._by_id.values() if stream.is_lost]:
+            self._give_up(stream)
 
     async def watch(self) -> None:
         """Wait for ever, as long as the link works or can be opened anew.
@@ -214,22 +235,26 @@ class SchedulerLink:
             raise Overloaded(
                 f"{len(self._outbox)} messages wait to reach the scheduler; try again", reason="LINK_FULL", retry_after_s=RETRY_AFTER_S
             )
-        stream = SchedulerStream(message)
+        stream = SchedulerStream(message, now_s=asyncio.get_running_loop().time())
         self._by_id[stream.request_id] = stream
-        loop = asyncio.get_running_loop()
-        stream.expect_answer(loop.call_later(self._bounds.accept_timeout_s, self._no_answer, stream))
-        self._put(message)
+        self._put_submit(stream, message)
         return stream
 
     def finish(self, stream: SchedulerStream, *, sequence: int, kept_tokens: int) -> None:
         """Tell the scheduler that a sequence ended after its first kept_tokens tokens. Its Finished still comes."""
-        if not stream.is_over and stream.sequences[sequence].finished is None:
+        if stream.is_over or stream.sequences[sequence].finished is not None:
+            return
+        if stream.is_lost:
+            stream.end_here(sequence, EndReason.STOP)
+            self._after_news(stream)
+        else:
             self._put(Finish(stream.request_id, stream.attempt, sequence, kept_tokens))
 
     def cancel(self, stream: SchedulerStream, *, reason: str) -> None:
         """End a request that nobody waits for any more; nothing happens if it is over."""
         if not stream.is_over:
-            self._put(Cancel(stream.request_id, stream.attempt, None, reason))
+            if not stream.is_lost:
+                self._put(Cancel(stream.request_id, stream.attempt, None, reason))
             self._end(stream, Unavailable(f"the request was cancelled: {reason}", reason="CANCELLED"))
 
     # -- the socket ---------------------------------------------------------------------------------------------------
@@ -266,6 +291,7 @@ class SchedulerLink:
             times_s.popleft()
         if len(times_s) > self._bounds.max_failures:
             self._has_failed.set()
+            self.stop_waiting()
         elif self._reopening is None or self._reopening is task:
             backoff_s = self._bounds.first_backoff_s * 2 ** (len(times_s) - 1)
             self._reopening = asyncio.create_task(self._reopen(backoff_s))
@@ -289,7 +315,7 @@ class SchedulerLink:
         while True:
             event = parse_monitor_message(await monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                # Messages from before the break must not reach the scheduler: their requests have failed.
+                # Messages from before the break must not reach the scheduler: their requests are submitted anew.
                 self._lose("a new connection was made")
                 self._say_hello()
             elif event & _LOST:
@@ -336,6 +362,7 @@ class SchedulerLink:
     async def _disconnect(self, why: str, *, linger_ms: int = 0) -> None:
         await self._stop_loops()
         self._stop_hello()
+        self._stop_retrying()
         self._lose(why)
         if self._socket is not None:
             self._socket.disable_monitor()
@@ -368,11 +395,12 @@ class SchedulerLink:
                 if stream is not None and stream.attempt == message.attempt:
                     stream.handle = message.handle
                     stream.answered()
+                    stream.recover_by_s = None
                     self._by_handle[message.handle] = stream
             case Rejected():
                 stream = self._by_id.get(message.request_id)
                 if stream is not None and stream.attempt == message.attempt:
-                    self._end(stream, _error_of(message))
+                    self._on_rejected(stream, message)
             case Finished():
                 stream = self._by_handle.get(message.handle)
                 if stream is not None:
@@ -387,6 +415,15 @@ class SchedulerLink:
                 if stream is not None:
                     stream.receive_prompt(first_position=message.first_position, entries=token_entries(message.logprobs))
                     self._after_news(stream)
+
+    def _on_rejected(self, stream: SchedulerStream, message: Rejected) -> None:
+        """A request that ran before its scheduler was lost is not refused for what passes: no group yet, a full queue."""
+        if stream.recover_by_s is None or message.retry_after_s is None:
+            self._end(stream, _error_of(message))
+            return
+        self._await_scheduler(stream)
+        if self._retry_timer is None:
+            self._retry_timer = asyncio.get_running_loop().call_later(message.retry_after_s, self._retry)
 
     def _on_tokens(self, message: Tokens) -> None:
         position = 0
@@ -423,14 +460,16 @@ class SchedulerLink:
         elif message.session != self._session:
             self._lose_session()
         self.scheduler_id, self._session = message.scheduler_id, message.session
+        self._resubmit_lost()
         self._on_change()
 
     def _lose_session(self) -> None:
         """The scheduler gave this gateway up and hears of it again. Requests that were on their way when the new session began
-        may have been accepted in it, so all that end here are cancelled as well."""
+        may have been accepted in it: the next attempt supersedes those that go on, and those that end here are cancelled."""
         cancels = [message for message in self._outbox if isinstance(message, Cancel)]
-        cancels += [Cancel(stream.request_id, stream.attempt, None, "its session was lost") for stream in self._by_id.values()]
+        streams = list(self._by_id.values())
         self._lose("the scheduler began another session")
+        cancels += [Cancel(stream.request_id, stream.attempt, None, "its session was lost") for stream in streams if stream.is_over]
         for cancel in cancels:
             self._put(cancel)
 
@@ -442,11 +481,63 @@ class SchedulerLink:
         was_up = self.is_up
         self.scheduler_id = None
         self._outbox.clear()
-        for stream in list(self._by_id.values()):
-            text = "the scheduler was lost while it had the request; try again"
-            self._end(stream, Unavailable(text, reason="SCHEDULER_LOST", retry_after_s=RETRY_AFTER_S))
+        self._by_handle.clear()
+        self._stop_retrying()
+        for stream in [stream for stream in self._by_id.values() if not stream.is_lost]:
+            self._lose_stream(stream)
         if was_up:
             self._on_change()
+
+    # -- requests without a scheduler ---------------------------------------------------------------------------------
+
+    def _lose_stream(self, stream: SchedulerStream) -> None:
+        end_what_has_ended(stream.submit, stream)
+        if stream.is_over:
+            self._forget(stream)
+            return
+        stream.num_losses += 1
+        if stream.recover_by_s is None:
+            stream.recover_by_s = asyncio.get_running_loop().time() + self._bounds.recovery_timeout_s
+        if stream.num_losses >= MAX_LOSSES or not self._waits_for_schedulers:
+            self._give_up(stream)
+        else:
+            self._await_scheduler(stream)
+
+    def _await_scheduler(self, stream: SchedulerStream) -> None:
+        assert stream.recover_by_s is not None, "it is set when the scheduler is lost"
+        stream.is_lost, stream.handle = True, None
+        stream.expect_answer(asyncio.get_running_loop().call_at(stream.recover_by_s, self._give_up, stream))
+
+    def _resubmit_lost(self) -> None:
+        """Those whose model the scheduler can serve; the others wait for a Welcome that says so."""
+        now_s = asyncio.get_running_loop().time()
+        num_submitted = 0
+        for stream in self._by_id.values():
+            limits = self._limits.get(stream.submit.model)
+            if stream.is_lost and limits is not None and limits.max_request_tokens > 0:
+                stream.is_lost = False
+                self._put_submit(stream, next_attempt(stream.submit, stream, elapsed_s=now_s - stream.submitted_s))
+                num_submitted += 1
+        if num_submitted:
+            log.info("%d requests go on at scheduler %s", num_submitted, self.scheduler_id)
+
+    def _retry(self) -> None:
+        self._retry_timer = None
+        if self.is_up:
+            self._resubmit_lost()
+
+    def _stop_retrying(self) -> None:
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
+
+    def _give_up(self, stream: SchedulerStream) -> None:
+        text = f"the scheduler was lost while it had the request (losses: {stream.num_losses}), and no other took it; try again"
+        self._end(stream, Unavailable(text, reason="SCHEDULER_LOST", retry_after_s=RETRY_AFTER_S))
+
+    def _put_submit(self, stream: SchedulerStream, message: Submit) -> None:
+        stream.expect_answer(asyncio.get_running_loop().call_later(self._bounds.accept_timeout_s, self._no_answer, stream))
+        self._put(message)
 
     def _no_answer(self, stream: SchedulerStream) -> None:
         self._put(Cancel(stream.request_id, stream.attempt, None, "not answered in time"))

@@ -174,8 +174,8 @@ class FakeScheduler:
                         self.on_submit(self, message, handle)
                     else:
                         await self.send(Accepted(message.request_id, message.attempt, handle))
-                        count = message.n if message.beam is not None else len(message.sequences)
-                        answer = self._answers[handle] = Answer(message, list(range(count)))
+                        beams = range(message.n) if message.beam is not None else ()
+                        answer = self._answers[handle] = Answer(message, [*beams] or [start.index for start in message.sequences])
                         answer.task = asyncio.create_task(self._answer(answer, handle))
                 case Finish() | Cancel():
                     known = self._handles.get((message.request_id, message.attempt))
@@ -194,11 +194,11 @@ class FakeScheduler:
         """All its sequences in turns, a message each."""
         submit = answer.submit
         script = self.script(submit)
-        others = [*script.others] or [script.token_ids] * len(answer.open)
+        others = [*script.others] or [script.token_ids] * max(answer.open, default=0)
         texts = {index: list([script.token_ids, *others][index])[: submit.max_tokens] for index in answer.open}
         if submit.sampling.num_prompt_logprobs is not None:
             await self.send(PromptLogprobs(handle, 1, self._logprobs(submit.prompt_ids[1:], [-2.0] * (len(submit.prompt_ids) - 1))))
-        offsets = dict.fromkeys(answer.open, 0)
+        offsets = dict.fromkeys(answer.open, 0) | {start.index: len(start.resumed_ids) for start in submit.sequences}
         sizes = iter(script.group_sizes)
         while any(offsets[index] < len(texts[index]) for index in answer.open):
             await asyncio.sleep(script.delay_s)

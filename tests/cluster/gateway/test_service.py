@@ -671,32 +671,57 @@ async def test_a_reader_that_stalls_on_a_real_connection_is_given_up(tmp_path: P
 # -- the link to the scheduler ----------------------------------------------------------------------------------------
 
 
-async def test_a_lost_scheduler_fails_its_requests_and_a_new_one_is_used(running: Running) -> None:
+async def rest_of(call: Any) -> list[inference_pb2.GenerateStreamResponse]:
+    """What still comes of a stream that was read before."""
+    messages: list[inference_pb2.GenerateStreamResponse] = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    return messages
+
+
+async def test_a_lost_scheduler_is_a_pause_in_a_stream_and_a_new_one_is_used(running: Running) -> None:
     running.scheduler.script = lambda _: Script(STORY_IDS[:2], ends=False)
     call = running.inference.GenerateStream(GenerateRequest(text="x"))
-    await call.read()
+    first = await call.read()
     await running.scheduler.__aexit__()
-    error = await refusal(call)
-    info, _, delay_s = details_of(error)
-    assert (error.code(), info.reason, delay_s) == (grpc.StatusCode.UNAVAILABLE, "SCHEDULER_LOST", scheduler_link.RETRY_AFTER_S)
     await running.wait_for_health("NOT_SERVING")
     error = await refusal(running.inference.Generate(GenerateRequest(text="x")))
     assert (error.code(), details_of(error)[0].reason) == (grpc.StatusCode.UNAVAILABLE, "NO_SCHEDULER")
-    new = FakeScheduler(script=lambda _: Script([5, 0]), scheduler_id="scheduler-2", limits=LIMITS, address=running.scheduler.address)
+    script = Script([*STORY_IDS[:5], 0])
+    new = FakeScheduler(script=lambda _: script, scheduler_id="scheduler-2", limits=LIMITS, address=running.scheduler.address)
     async with new:
+        rest = await rest_of(call)
+        assert [*first.token_ids, *(token_id for message in rest for token_id in message.token_ids)] == [*STORY_IDS[:5], 0]
+        assert rest[-1].usage.completion_token_count == 6
+        script = Script([5, 0])
         await running.wait_for_health("SERVING")
         response = await running.inference.Generate(GenerateRequest(text="x"))
         assert response.usage.completion_token_count == 2
 
 
-async def test_a_welcome_with_a_new_scheduler_id_means_that_everything_is_lost(running: Running) -> None:
+async def test_a_welcome_with_a_new_scheduler_id_means_that_everything_is_submitted_again(running: Running) -> None:
+    running.scheduler.script = lambda _: Script(STORY_IDS[:2], ends=False)
+    call = running.inference.GenerateStream(GenerateRequest(text="x"))
+    first = await call.read()
+    running.scheduler.scheduler_id = "scheduler-2"
+    running.scheduler.script = lambda _: Script([*STORY_IDS[:4], 0])
+    await running.scheduler.welcome()
+    rest = await rest_of(call)
+    assert [*first.token_ids, *(token_id for message in rest for token_id in message.token_ids)] == [*STORY_IDS[:4], 0]
+    assert [message.attempt for message in running.scheduler.of_kind(Submit)] == [1, 2]
+    assert await running.health() == "SERVING"
+
+
+async def test_a_gateway_that_drains_waits_for_no_scheduler(running: Running) -> None:
     running.scheduler.script = lambda _: Script(STORY_IDS[:2], ends=False)
     call = running.inference.GenerateStream(GenerateRequest(text="x"))
     await call.read()
-    running.scheduler.scheduler_id = "scheduler-2"
-    await running.scheduler.welcome()
-    assert details_of(await refusal(call))[0].reason == "SCHEDULER_LOST"
-    assert await running.health() == "SERVING"
+    await running.scheduler.__aexit__()
+    await running.wait_for_health("NOT_SERVING")
+    await running.gateway.drain()
+    error = await refusal(call)
+    info, _, delay_s = details_of(error)
+    assert (error.code(), info.reason, delay_s) == (grpc.StatusCode.UNAVAILABLE, "SCHEDULER_LOST", scheduler_link.RETRY_AFTER_S)
 
 
 async def test_a_scheduler_that_moved_is_followed(running: Running) -> None:
