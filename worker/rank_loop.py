@@ -105,8 +105,8 @@ class RankLoop:
                 if link not in ready:
                     continue
                 plan = decode_rank_down(link.recv())
-                if plan.term < self._term:
-                    continue  # of a scheduler that has been replaced
+                if plan.term < self._term or (plan.term == self._term and plan.step_id < self._next_step_id):
+                    continue  # of a scheduler that has been replaced; or sent again, because we said hello again
                 term, step_id = plan.term, plan.step_id
                 self._hello_again_s = None
                 if plan.term > self._term:
@@ -145,7 +145,7 @@ class RankLoop:
             self._next_step_id = 0
             self._runner.clear()
         if plan.step_id != self._next_step_id:
-            raise InternalError(f"step {plan.step_id} came where step {self._next_step_id} was due; a plan was lost or sent twice")
+            raise InternalError(f"step {plan.step_id} came where step {self._next_step_id} was due; a plan was lost")
         self._next_step_id += 1
 
     def _stop(self, *_: Any) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,9 @@ MAX_POLL_S: Final = 1.0
 # Unexpected errors while handling messages, in a row, after which the process stops.
 MAX_ERRORS_IN_A_ROW: Final = 10
 
+# Plans of a group that are not answered at any time.
+MAX_PLANS_OUTSTANDING: Final = 2
+
 CONTROLLER_IDENTITY: Final = b"controller"
 
 # A journal of this size is not continued: with 256 running sequences, hours of steps.
@@ -82,6 +86,8 @@ class SchedulerProcess:
         }
         for socket in self._handlers:
             self._poller.register(socket, zmq.POLLIN)
+        # The latest plans of each group and their term, encoded: a rank whose link broke may have missed them.
+        self._sent: dict[str, tuple[int, deque[bytes]]] = {}
         self._num_errors_in_a_row = 0
         self._stopping = False
 
@@ -144,6 +150,7 @@ class SchedulerProcess:
         match message:
             case RankHello():
                 log.info("rank %r is there under term %d with %d blocks", peer.decode(), message.term, message.num_gpu_blocks)
+                self._send_again(peer, message)
                 self._scheduler.rank_hello(message, self._clock())
             case StepResult():
                 self._scheduler.apply(group_id, message, self._clock())
@@ -171,9 +178,22 @@ class SchedulerProcess:
             return
         while (plan := self._scheduler.next_plan(group_id, now_s)) is not None:
             frame = encode(plan)
+            term, frames = self._sent.get(group_id, (0, deque[bytes]()))
+            if term != plan.term:
+                frames = deque(maxlen=MAX_PLANS_OUTSTANDING)
+            frames.append(frame)
+            self._sent[group_id] = plan.term, frames
             for rank in range(group.config.tensor_parallel_size):
                 # A rank that is gone cannot be reached; its silence ends the term, so nothing is to be done here.
                 self._send(self._steps, f"{group_id}/{rank}".encode(), frame)
+
+    def _send_again(self, peer: bytes, hello: RankHello) -> None:
+        """A rank that says hello to a scheduler that plans for it already may have missed plans. It leaves out what it has."""
+        group = self._scheduler.groups.get(hello.group_id)
+        term, frames = self._sent.get(hello.group_id, (0, deque[bytes]()))
+        if group is not None and group.is_ready and group.term == term and group.oldest_term <= hello.term <= term:
+            for frame in frames:
+                self._send(self._steps, peer, frame)
 
     def _flush(self) -> None:
         outbox = self._scheduler.take_outbox()

@@ -19,6 +19,7 @@ NUM_STREAMS = 16
 NUM_TOKENS = 60
 TIMEOUT_S = 120.0
 RANK = "quire.worker.rank_process"
+SCHEDULER = "quire.cluster.scheduler.process"
 
 
 def request(index: int) -> dict[str, Any]:
@@ -97,4 +98,19 @@ def test_streams_survive_the_death_of_a_rank(tmp_path: Path, signals: Sequence[s
             wait_for(lambda: all(group.state == "READY" for group in client.cluster.groups()), timeout_s=TIMEOUT_S)
             assert sum(group.num_restarts for group in client.cluster.groups()) == len(signals)
             assert list(client.generate(**request(3)).token_ids) == expected[3]
+            wait_for(lambda: all(blocks.gpu_blocks.num_held == 0 for blocks in client.cluster.blocks()), timeout_s=20)
+
+
+@pytest.mark.parametrize("arguments", [(), (*TWO_GROUPS, *TWO_RANKS)], ids=["one rank", "four ranks"])
+def test_streams_survive_the_death_of_the_scheduler(tmp_path: Path, arguments: Sequence[str]) -> None:
+    with ServeProcess(tmp_path, *arguments) as serve:
+        address = serve.wait_ready()
+        expected = Streams(address).wait()
+        streams = Streams(address)
+        wait_for(lambda: streams.num_tokens >= NUM_STREAMS * NUM_TOKENS // 4, timeout_s=TIMEOUT_S)
+        os.kill(serve.process_of(SCHEDULER), signal.SIGKILL)
+        assert streams.wait() == expected
+        print(f"longest pause: {streams.longest_pause_s:.1f} s")
+        with Client(address) as client:
+            assert [group.detail for group in client.cluster.groups() if group.num_restarts] == []
             wait_for(lambda: all(blocks.gpu_blocks.num_held == 0 for blocks in client.cluster.blocks()), timeout_s=20)
