@@ -17,6 +17,8 @@ from quire.cluster.controller.ray_environment import prepare_local_ray
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.cluster.gateway.served_model import load_served_model
 from quire.cluster.gateway.template_processes import TemplateProcesses
+from quire.cluster.gateway.tls import Certificates, TlsFiles
+from quire.cluster.gateway.tokens import TokenFile
 from quire.common.config import ModelConfig, ModelPlan, ServeConfig, config_as_dict, plan_model, resolve_config, setting_type
 from quire.common.errors import ConfigError
 from quire.common.files import write_json_atomically
@@ -51,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
         yaml.safe_dump(config_as_dict(config, plan), sys.stdout, sort_keys=False)
         return 0
     ready_file = Path(args.ready_file).absolute() if args.ready_file else None
-    check_listen_address(config.listen, insecure=config.insecure)
+    check_listen_address(
+        config.listen, insecure=config.insecure, has_tls=config.tls_cert is not None, has_tokens=config.token_file is not None
+    )
+    check_credentials(config)
     check_tokenizer(plan)
     stop = StopSignals()
     started_s = time.monotonic()
@@ -74,10 +79,30 @@ def run(args: argparse.Namespace) -> int:
             if ready_file:
                 write_json_atomically(ready_file, {"address": address})
             print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
-            print(f'try:   {own_command} generate --address {address} "Once upon a time"', flush=True)
+            print(f'try:   {own_command} generate --address {address}{_client_flags(config)} "Once upon a time"', flush=True)
             cluster.run()
         print(f"stopping (streams get up to {config.drain_timeout_s:g} s to finish; Ctrl-C again ends them)", flush=True)
     return 0
+
+
+def check_credentials(config: ServeConfig) -> None:
+    """Read the token file and the certificate as the gateway will.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    if config.token_file is not None:
+        TokenFile(Path(config.token_file).expanduser())
+    if config.tls_cert is not None and config.tls_key is not None:
+        client_ca = Path(config.tls_client_ca).expanduser() if config.tls_client_ca is not None else None
+        Certificates(TlsFiles(Path(config.tls_cert).expanduser(), Path(config.tls_key).expanduser(), client_ca))
+
+
+def _client_flags(config: ServeConfig) -> str:
+    """What a client has to say besides the address."""
+    tls = " --tls-ca CA.pem" if config.tls_cert is not None else ""
+    own = " --tls-cert CLIENT.pem --tls-key CLIENT.key" if config.tls_client_ca is not None else ""
+    return f"{tls}{own}{' --api-key-file TOKEN' if config.token_file is not None else ''}"
 
 
 def _kv_cache(plan: ModelPlan) -> str:

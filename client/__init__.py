@@ -42,7 +42,9 @@ from quire.common.errors import (
     NotFound,
     NotSupported,
     Overloaded,
+    PermissionDenied,
     QuireError,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -69,6 +71,7 @@ __all__ = [
     "NotFound",
     "NotSupported",
     "Overloaded",
+    "PermissionDenied",
     "Queue",
     "QuireError",
     "Rank",
@@ -77,6 +80,7 @@ __all__ = [
     "TokenLogprob",
     "TokenLogprobs",
     "TokenizedPrompt",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
 ]

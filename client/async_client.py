@@ -46,12 +46,23 @@ class AsyncClient:
         api_key: str | None = None,
         secure: bool = False,
         tls_ca: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        api_key_file: str | os.PathLike[str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
         """As `Client`. May be made outside the event loop; it belongs to the loop of its first call."""
         self._settings = resolve_settings(
-            address, api_key=api_key, secure=secure, tls_ca=tls_ca, timeout_s=timeout_s, max_retries=max_retries
+            address,
+            api_key=api_key,
+            secure=secure,
+            tls_ca=tls_ca,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            api_key_file=api_key_file,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
         )
         self._rng = random.Random()
         self._connection = _Connection(self._settings)

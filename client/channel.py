@@ -28,14 +28,14 @@ _SERVING_STATUSES: Final[dict[int, ServingStatus]] = {1: "SERVING", 2: "NOT_SERV
 def open_channel(settings: ClientSettings) -> grpc.Channel:
     """A channel that connects at its first call."""
     if settings.secure:
-        return grpc.secure_channel(settings.address, grpc.ssl_channel_credentials(settings.tls_ca_pem), _options(settings))
+        return grpc.secure_channel(settings.address, _credentials(settings), _options(settings))
     return grpc.insecure_channel(settings.address, _options(settings))
 
 
 def open_aio_channel(settings: ClientSettings) -> grpc.aio.Channel:
     """As `open_channel`, for the running event loop."""
     if settings.secure:
-        return grpc.aio.secure_channel(settings.address, grpc.ssl_channel_credentials(settings.tls_ca_pem), _options(settings))
+        return grpc.aio.secure_channel(settings.address, _credentials(settings), _options(settings))
     return grpc.aio.insecure_channel(settings.address, _options(settings))
 
 
@@ -49,6 +49,10 @@ def aio_health_method(channel: grpc.aio.Channel) -> "grpc.aio.UnaryUnaryMultiCal
 
 def serving_status(response: Int32Value) -> ServingStatus:
     return _SERVING_STATUSES.get(response.value, "UNKNOWN")
+
+
+def _credentials(settings: ClientSettings) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(settings.tls_ca_pem, settings.tls_key_pem, settings.tls_cert_pem)
 
 
 def _options(settings: ClientSettings) -> list[tuple[str, Any]]:

@@ -24,6 +24,8 @@ class ClientSettings:
     secure: bool  # TLS
     tls_ca_pem: bytes | None  # who may sign the server's certificate; None takes the system's list
     api_key: str | None = field(repr=False)  # Invariant: None unless `secure` or the address is this machine
+    tls_cert_pem: bytes | None  # shown to a server that asks for one
+    tls_key_pem: bytes | None = field(repr=False)  # Invariant: there if and only if tls_cert_pem is
     timeout_s: float  # of each call, retries included; infinity for none
     max_retries: int
 
@@ -45,24 +47,31 @@ def resolve_settings(
     api_key: str | None,
     secure: bool,
     tls_ca: str | os.PathLike[str] | None,
+    tls_cert: str | os.PathLike[str] | None = None,
+    tls_key: str | os.PathLike[str] | None = None,
+    api_key_file: str | os.PathLike[str] | None = None,
     timeout_s: float,
     max_retries: int,
     environ: Mapping[str, str] = os.environ,
 ) -> ClientSettings:
-    """Fill in from QUIRE_ADDRESS and QUIRE_API_KEY what was not given.
+    """Fill in from QUIRE_ADDRESS, QUIRE_API_KEY and QUIRE_API_KEY_FILE what was not given.
 
     Raises:
-        ConfigError: the API key would travel unencrypted to another machine, the CA file cannot be read, or a number is out of range.
+        ConfigError: the API key would travel unencrypted to another machine, a file cannot be read, or a number is out of range.
     """
     address = _with_port(address or environ.get("QUIRE_ADDRESS") or DEFAULT_ADDRESS)
-    api_key = api_key or environ.get("QUIRE_API_KEY") or None
-    secure = secure or tls_ca is not None
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError(f"tls_cert is {tls_cert} and tls_key is {tls_key}; give both or neither")
+    api_key = api_key or _api_key(api_key_file, environ)
+    secure = secure or tls_ca is not None or tls_cert is not None
     if api_key and not secure and not is_loopback(address):
         raise ConfigError(f"the API key would travel unencrypted to {address}; give secure=True or tls_ca=..., or no key")
     return ClientSettings(
         address=address,
         secure=secure,
-        tls_ca_pem=None if tls_ca is None else _read_pem(Path(tls_ca)),
+        tls_ca_pem=None if tls_ca is None else _read(tls_ca, what="tls_ca"),
+        tls_cert_pem=None if tls_cert is None else _read(tls_cert, what="tls_cert"),
+        tls_key_pem=None if tls_key is None else _read(tls_key, what="tls_key"),
         api_key=api_key,
         timeout_s=timeout_s,
         max_retries=max_retries,
@@ -111,8 +120,24 @@ def _with_port(address: str) -> str:
     return address if ":" in name else f"{address}:{DEFAULT_PORT}"
 
 
-def _read_pem(path: Path) -> bytes:
+def _api_key(api_key_file: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> str | None:
+    """From the file that is given, else from the environment."""
+    if api_key_file is None and environ.get("QUIRE_API_KEY"):
+        return environ["QUIRE_API_KEY"]
+    path = api_key_file or environ.get("QUIRE_API_KEY_FILE")
+    if not path:
+        return None
     try:
-        return path.expanduser().read_bytes()
+        key = _read(path, what="api_key_file").decode("ascii").strip()
+    except UnicodeDecodeError:
+        key = ""
+    if not key or not key.isprintable() or " " in key:
+        raise ConfigError(f"the file of api_key_file, {path}, must hold one API key and nothing else")
+    return key
+
+
+def _read(path: str | os.PathLike[str], *, what: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise ConfigError(f"the file of tls_ca, {path}, cannot be read: {error.strerror}") from error
+        raise ConfigError(f"the file of {what}, {path}, cannot be read: {error.strerror}") from error

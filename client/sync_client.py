@@ -41,22 +41,35 @@ class Client:
         api_key: str | None = None,
         secure: bool = False,
         tls_ca: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        api_key_file: str | os.PathLike[str] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
     ) -> None:
         """Connects at the first call.
 
         address:      host:port; else QUIRE_ADDRESS, else 127.0.0.1:50051
-        api_key:      sent as a bearer token; else QUIRE_API_KEY, else none
+        api_key:      sent as a bearer token; else as for api_key_file
         secure:       TLS, by the system's certificate authorities
         tls_ca:       TLS, by the certificate authorities in this PEM file
+        tls_cert:     TLS, with this certificate (PEM file) and tls_key for a server that asks for one
+        api_key_file: file with the API key; else QUIRE_API_KEY, else the file that QUIRE_API_KEY_FILE names
         timeout_s:    of each call, retries included
 
         Raises:
             ConfigError: a setting that cannot work, such as an API key that would travel unencrypted.
         """
         self._settings = resolve_settings(
-            address, api_key=api_key, secure=secure, tls_ca=tls_ca, timeout_s=timeout_s, max_retries=max_retries
+            address,
+            api_key=api_key,
+            secure=secure,
+            tls_ca=tls_ca,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            api_key_file=api_key_file,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
         )
         self._rng = random.Random()
         self._channel = open_channel(self._settings)

@@ -21,7 +21,7 @@ from quire.common.model_hub import fetch_model, hub_name, is_hub_id
 
 ENV_PREFIX: Final = "QUIRE_"
 # Variables of ours that are no settings. Others are not ours and not our business: Kubernetes makes QUIRE_PORT of a service.
-_OTHER_VARIABLES: Final = ("QUIRE_CONFIG", "QUIRE_ADDRESS", "QUIRE_API_KEY", "QUIRE_RUN_FOLDER")
+_OTHER_VARIABLES: Final = ("QUIRE_CONFIG", "QUIRE_ADDRESS", "QUIRE_API_KEY", "QUIRE_API_KEY_FILE", "QUIRE_RUN_FOLDER")
 # A variable this close to a setting's is taken for a misspelt one.
 _MISSPELT_RATIO: Final = 0.85
 
@@ -80,6 +80,12 @@ class ServeConfig:
 
     listen: str = _setting("127.0.0.1:50051", "address of the gRPC edge; port 0 takes a free one")
     insecure: bool = _setting(False, "allow an address that other hosts reach without TLS and tokens")
+    token_file: str | None = _setting(
+        None, "file of hashed tokens (`quire token new`), read again when it changes; not given: none are asked for"
+    )
+    tls_cert: str | None = _setting(None, "PEM file of the server's certificate chain, read again when it changes; not given: no TLS")
+    tls_key: str | None = _setting(None, "PEM file of the certificate's key")
+    tls_client_ca: str | None = _setting(None, "PEM file of who signs clients' certificates; when given, clients need one (mTLS)")
     max_waiting_requests: int = _setting(4096, "requests that may wait in the queue")
     max_waiting_tokens: int = _setting(8_000_000, "prompt tokens that may wait in the queue")
     request_timeout_s: float = _setting(600.0, "seconds that a request without a deadline may take")
@@ -327,6 +333,10 @@ def _check_ranges(config: ServeConfig) -> None:
         raise ConfigError(f"gpu_blocks {model.gpu_blocks} and kv_cache_memory {model.kv_cache_memory} say the same thing twice; give one")
     if model.swap_memory is not None and model.swap_memory < 0:
         raise ConfigError(f"swap_memory is {model.swap_memory}; it must be 0 or more")
+    if (config.tls_cert is None) != (config.tls_key is None):
+        raise ConfigError(f"tls_cert is {config.tls_cert} and tls_key is {config.tls_key}; give both or neither")
+    if config.tls_client_ca is not None and config.tls_cert is None:
+        raise ConfigError(f"tls_client_ca is {config.tls_client_ca}, but there is no TLS without tls_cert and tls_key; give them too")
     for name, seconds in (
         ("request_timeout_s", config.request_timeout_s),
         ("drain_timeout_s", config.drain_timeout_s),

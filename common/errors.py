@@ -4,6 +4,8 @@
       ConfigError          a setting or a model folder that cannot work; found before anything starts
       InvalidRequest       INVALID_ARGUMENT     a request that can never be served as it is
       NotSupported         UNIMPLEMENTED        a field or call that no code honours yet, by name
+      Unauthenticated      UNAUTHENTICATED      a call without a token that the server knows
+      PermissionDenied     PERMISSION_DENIED    a call that takes another role
       NotFound             NOT_FOUND            a model or a group that is not there
       AlreadyExists        ALREADY_EXISTS       a request id in use
       Overloaded           RESOURCE_EXHAUSTED   a queue or a quota is full; carries a retry delay
@@ -84,6 +86,16 @@ class NotSupported(QuireError):
     default_reason = "NOT_SUPPORTED"
 
 
+class Unauthenticated(QuireError):
+    code = StatusCode.UNAUTHENTICATED
+    default_reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(QuireError):
+    code = StatusCode.PERMISSION_DENIED
+    default_reason = "PERMISSION_DENIED"
+
+
 class NotFound(QuireError):
     code = StatusCode.NOT_FOUND
     default_reason = "NOT_FOUND"
@@ -127,6 +139,8 @@ ERROR_BY_CODE: Final[Mapping[int, type[QuireError]]] = {
     for error in (
         InvalidRequest,
         NotSupported,
+        Unauthenticated,
+        PermissionDenied,
         NotFound,
         AlreadyExists,
         Overloaded,

@@ -18,7 +18,7 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def check_listen_address(address: str, *, insecure: bool) -> None:
+def check_listen_address(address: str, *, insecure: bool, has_tls: bool = False, has_tokens: bool = False) -> None:
     """Refuse an address that others reach without credentials, or that is taken.
 
     Raises:
@@ -29,10 +29,10 @@ def check_listen_address(address: str, *, insecure: bool) -> None:
         family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"listen address {host!r} is not known on this machine: {error.strerror}") from None
-    if not ipaddress.ip_address(resolved[0]).is_loopback and not insecure:
+    if not ipaddress.ip_address(resolved[0]).is_loopback and not (has_tls and has_tokens) and not insecure:
         raise ConfigError(
-            f"listen address {host} is reachable from other hosts and this server asks for no credentials; "
-            "listen on 127.0.0.1, or pass --insecure if the network is trusted"
+            f"listen address {host} is reachable from other hosts and this server {_missing(has_tls, has_tokens)}; give --tls-cert, "
+            "--tls-key and --token-file, listen on 127.0.0.1, or pass --insecure if the network is trusted"
         )
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -40,3 +40,8 @@ def check_listen_address(address: str, *, insecure: bool) -> None:
             probe.bind(resolved[:2])
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --listen") from None
+
+
+def _missing(has_tls: bool, has_tokens: bool) -> str:
+    words = ([] if has_tls else ["encrypts nothing"]) + ([] if has_tokens else ["asks for no credentials"])
+    return " and ".join(words)

@@ -74,6 +74,8 @@ class LocalCluster:
                 "request_timeout_s": self._config.request_timeout_s,
                 "drain_timeout_s": self._config.drain_timeout_s,
                 "log_level": self._config.log_level,
+                # Paths: what is secret stays in the files.
+                **{name: _absolute(getattr(self._config, name)) for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca")},
                 "report_path": str(report),
             },
             log_path=self.folder / "logs" / "gateway.log",
@@ -202,3 +204,7 @@ class LocalCluster:
 
     def _logs(self) -> Path:
         return self.folder / "logs"
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())

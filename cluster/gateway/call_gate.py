@@ -19,7 +19,7 @@ class CallGate:
     def __init__(self, *, max_calls: int = MAX_CALLS) -> None:
         self._max_calls = max_calls
         self._num_calls = 0
-        self._request_ids: set[str] = set()
+        self._request_ids: set[tuple[str, str]] = set()
         self._is_empty = asyncio.Event()
         self._is_empty.set()
         self.is_draining = False
@@ -52,20 +52,20 @@ class CallGate:
                 self._is_empty.set()
 
     @contextlib.contextmanager
-    def hold_request_id(self, request_id: str) -> Iterator[None]:
-        """While a request runs, its id is taken.
+    def hold_request_id(self, request_id: str, *, tenant: str) -> Iterator[None]:
+        """While a request runs, its id is taken within its tenant.
 
         Raises:
             AlreadyExists: another one has it.
         """
-        if request_id in self._request_ids:
+        if (tenant, request_id) in self._request_ids:
             text = f"request id {request_id} is in use by a request that has not ended; take another"
             raise AlreadyExists(text, reason="REQUEST_ID_IN_USE", field="request_id")
-        self._request_ids.add(request_id)
+        self._request_ids.add((tenant, request_id))
         try:
             yield
         finally:
-            self._request_ids.discard(request_id)
+            self._request_ids.discard((tenant, request_id))
 
     def close(self) -> None:
         """Let nothing more in."""

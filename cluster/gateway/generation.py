@@ -15,8 +15,6 @@ from quire.common.clock import Clock
 from quire.common.hashing import cache_root, hash_full_blocks
 from quire.common.messages import EndReason, SequenceStart, Spans, Submit, UsageCounts
 
-# Until tokens and roles come with authentication, everyone is this tenant.
-LOCAL_TENANT: Final = "local"
 FIRST_ATTEMPT: Final = 1
 # A client takes messages of 4 MiB by default; so many tokens of some kilobytes of text each still fit. Most likely tokens that
 # are reported beside them count as well.
@@ -55,15 +53,15 @@ class Account:
 
 
 def make_submit(
-    request: ResolvedRequest, model: ServedModel, *, submit_id: str, block_size: int, time_left_s: float, age_s: float
+    request: ResolvedRequest, model: ServedModel, *, tenant: str, submit_id: str, block_size: int, time_left_s: float, age_s: float
 ) -> Submit:
     """The request for the scheduler, under the gateway's own id of it. Hashes the whole prompt: call it from a worker thread."""
-    root = cache_root(model=model.name, adapter="", tenant_scope=LOCAL_TENANT, cache_salt=request.cache_salt)
+    root = cache_root(model=model.name, adapter="", tenant_scope=tenant, cache_salt=request.cache_salt)
     counts = request.counts
     return Submit(
         request_id=submit_id,
         attempt=FIRST_ATTEMPT,
-        tenant=LOCAL_TENANT,
+        tenant=tenant,
         priority=request.priority,
         model=model.name,
         adapter="",

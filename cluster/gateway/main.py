@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import grpc
 
+from quire.cluster.gateway.access import Access
 from quire.cluster.gateway.call_gate import MAX_CALLS, CallGate
 from quire.cluster.gateway.cluster_service import ClusterService
 from quire.cluster.gateway.discovery import DiscoveryWatcher, RoutingTable
@@ -26,8 +27,10 @@ from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink
 from quire.cluster.gateway.server import CLUSTER_SERVICE, CONNECTION_GRACE_S, INFERENCE_SERVICE, MAX_CONNECTION_AGE_S, Server
 from quire.cluster.gateway.service import WRITE_STALL_TIMEOUT_S, InferenceService
 from quire.cluster.gateway.text_workers import TextWorkers
+from quire.cluster.gateway.tls import Certificates, TlsFiles
+from quire.cluster.gateway.tokens import TokenFile
 from quire.common.child_process import enter_child
-from quire.common.errors import QuireError
+from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 
 log = logging.getLogger("quire.gateway")
@@ -54,6 +57,10 @@ class GatewayConfig:
     request_timeout_s: float = 600.0  # of a request without a deadline; longer deadlines are cut to it
     drain_timeout_s: float = 30.0  # that running streams get after SIGTERM
     log_level: str = "info"
+    token_file: str | None = None  # of hashed tokens; None: no tokens are asked for
+    tls_cert: str | None = None  # PEM, with tls_key; None: no TLS
+    tls_key: str | None = None
+    tls_client_ca: str | None = None  # PEM of who signs clients' certificates; None: clients need none
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,13 @@ class Gateway:
     """All parts of a gateway, wired."""
 
     def __init__(self, config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) -> None:
+        """
+        Raises:
+            ConfigError: the token file or the certificate cannot be used.
+        """
         self._config = config
+        self._certificates = _certificates(config)
+        access = Access(TokenFile(Path(config.token_file)) if config.token_file is not None else None)
         self._channel = grpc.aio.insecure_channel(config.discovery_address, options=_CHANNEL_OPTIONS)
         self._workers = TextWorkers()
         self.gate = CallGate(max_calls=bounds.max_calls)
@@ -90,6 +103,7 @@ class Gateway:
             link=self.link,
             workers=self._workers,
             gate=self.gate,
+            access=access,
             request_timeout_s=config.request_timeout_s,
             write_stall_timeout_s=bounds.write_stall_timeout_s,
             finish_timeout_s=bounds.finish_timeout_s,
@@ -104,6 +118,7 @@ class Gateway:
             self.inference,
             ClusterService(self._channel, gate=self.gate),
             health=self.health,
+            access=access,
             reader=self.reader,
             max_call_s=config.request_timeout_s,
             max_connection_age_s=bounds.max_connection_age_s,
@@ -117,7 +132,7 @@ class Gateway:
         Raises:
             RuntimeError: the address cannot be bound.
         """
-        port = await self._server.start(self._config.listen)
+        port = await self._server.start(self._config.listen, self._certificates)
         return f"{self._config.listen.rpartition(':')[0]}:{port}"
 
     async def watch(self) -> None:
@@ -162,13 +177,24 @@ class Gateway:
         self.health.set_serving(bool(table.ready_models) and self.link.is_up)
 
 
+def _certificates(config: GatewayConfig) -> Certificates | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    client_ca = Path(config.tls_client_ca) if config.tls_client_ca is not None else None
+    return Certificates(TlsFiles(Path(config.tls_cert), Path(config.tls_key), client_ca))
+
+
 async def run(config: GatewayConfig) -> int:
     """Serve until a signal; the exit code."""
     stop = asyncio.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
-    gateway = Gateway(config)
     report = Path(config.report_path)
+    try:
+        gateway = Gateway(config)
+    except ConfigError as error:
+        write_json_atomically(report, {"error": error.message})
+        return 1
     try:
         address = await gateway.start()
     except (RuntimeError, OSError) as error:

@@ -9,10 +9,12 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
 from quire.cluster.gateway import health_service
+from quire.cluster.gateway.access import Access
 from quire.cluster.gateway.cluster_service import ClusterService
 from quire.cluster.gateway.health_service import HealthService
 from quire.cluster.gateway.request_reader import RequestReader
 from quire.cluster.gateway.service import InferenceService
+from quire.cluster.gateway.tls import Certificates
 from quire.v1 import cluster_pb2, inference_pb2
 from quire.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from quire.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
@@ -79,6 +81,7 @@ class Server:
         cluster: ClusterService,
         *,
         health: HealthService,
+        access: Access,
         reader: RequestReader,
         max_call_s: float,
         max_connection_age_s: float = MAX_CONNECTION_AGE_S,
@@ -89,20 +92,23 @@ class Server:
             ("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)),
             ("grpc.max_connection_age_grace_ms", round((max_call_s + connection_grace_s) * 1000)),
         )
-        self._server = grpc.aio.server(options=(*_OPTIONS, *ages), interceptors=(reader,))
+        self._server = grpc.aio.server(options=(*_OPTIONS, *ages), interceptors=(access, reader))
         add_InferenceServiceServicer_to_server(inference, self._server)
         add_ClusterServiceServicer_to_server(cluster, self._server)
         add_HealthServicer_to_server(health, self._server)
         names = (INFERENCE_SERVICE, CLUSTER_SERVICE, health_service.SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
-    async def start(self, listen: str) -> int:
-        """Serve on "host:port"; the port.
+    async def start(self, listen: str, certificates: Certificates | None = None) -> int:
+        """Serve on "host:port", with TLS if there are certificates; the port.
 
         Raises:
             RuntimeError: the address cannot be bound.
         """
-        port = self._server.add_insecure_port(listen)
+        if certificates is None:
+            port = self._server.add_insecure_port(listen)
+        else:
+            port = self._server.add_secure_port(listen, certificates.credentials())
         await self._server.start()
         return port
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
+from quire.cluster.gateway.access import Access
 from quire.cluster.gateway.answer_size import MIN_HEAD_BYTES, MIN_ID_BYTES, check_fits, check_num_bytes
 from quire.cluster.gateway.call_gate import CallGate
 from quire.cluster.gateway.completion import Completion
@@ -16,9 +17,11 @@ from quire.cluster.gateway.field_checks import check_token_ids
 from quire.cluster.gateway.generation import FINISH_TIMEOUT_S, Account, Generation, News, SequenceEnd, make_submit, start_completions
 from quire.cluster.gateway.grpc_errors import Context, errors_as_status
 from quire.cluster.gateway.logprob_messages import logprob_messages
+from quire.cluster.gateway.quota import Quotas
 from quire.cluster.gateway.request_fields import refuse_unknown, refuse_unsupported
 from quire.cluster.gateway.scheduler_link import SchedulerLink
 from quire.cluster.gateway.served_model import ServedModel
+from quire.cluster.gateway.tenants import Caller
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.cluster.gateway.validation import (
     ResolvedRequest,
@@ -58,6 +61,7 @@ class InferenceService(InferenceServiceServicer):
         link: SchedulerLink,
         workers: TextWorkers,
         gate: CallGate,
+        access: Access,
         request_timeout_s: float,
         write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S,
         finish_timeout_s: float = FINISH_TIMEOUT_S,
@@ -67,6 +71,8 @@ class InferenceService(InferenceServiceServicer):
         self._link = link
         self._workers = workers
         self._gate = gate
+        self._access = access
+        self._quotas = Quotas()
         self._request_timeout_s = request_timeout_s
         self._write_stall_timeout_s = write_stall_timeout_s
         self._finish_timeout_s = finish_timeout_s
@@ -126,8 +132,9 @@ class InferenceService(InferenceServiceServicer):
     @contextlib.asynccontextmanager
     async def _call(self, context: Context) -> AsyncIterator["_Call"]:
         """Around every call: the gate, the deadline, the mapping of errors."""
-        call = _Call(arrival_s=self._clock(), time_left_s=self._time_left_s(context))
         async with errors_as_status(context):
+            caller = self._access.caller_of(context)
+            call = _Call(caller, arrival_s=self._clock(), time_left_s=self._time_left_s(context))
             with self._gate.enter():
                 try:
                     async with asyncio.timeout(call.time_left_s):
@@ -146,8 +153,12 @@ class InferenceService(InferenceServiceServicer):
         """Validate, tokenize, submit; on the way out cancel what has not ended, and log how it did."""
         model = self._table().find(request.model)
         request_id = request_id_of(request)
-        with self._gate.hold_request_id(request_id):
+        with (
+            self._gate.hold_request_id(request_id, tenant=call.caller.tenant),
+            self._quotas.hold_request(call.caller, now_s=call.arrival_s),
+        ):
             resolved, completions, submit = await self._workers.run(self._prepare, request, request_id, model, call, is_whole=is_whole)
+            self._quotas.charge_prompt(call.caller, len(submit.prompt_ids), now_s=self._clock())
             stream = self._link.submit(submit)
             with Generation(
                 self._link, stream, resolved, completions, clock=self._clock, finish_timeout_s=self._finish_timeout_s
@@ -156,6 +167,8 @@ class InferenceService(InferenceServiceServicer):
                 try:
                     yield running
                 finally:
+                    num_tokens = sum(sequence.num_received for sequence in stream.sequences)
+                    self._quotas.charge(call.caller, num_tokens, now_s=self._clock())
                     self._log_end(running, submit)
 
     def _prepare(
@@ -178,6 +191,7 @@ class InferenceService(InferenceServiceServicer):
         submit = make_submit(
             resolved,
             model,
+            tenant=call.caller.tenant,
             submit_id=uuid.uuid4().hex,
             block_size=limits.block_size if limits else model.public.block_size,
             time_left_s=call.time_left_s - age_s,
@@ -231,9 +245,10 @@ def _detokenize(request: inference_pb2.DetokenizeRequest, model: ServedModel) ->
 
 
 class _Call:
-    """One RPC: when it came and how long it may take."""
+    """One RPC: whose it is, when it came and how long it may take."""
 
-    def __init__(self, *, arrival_s: float, time_left_s: float) -> None:
+    def __init__(self, caller: Caller, *, arrival_s: float, time_left_s: float) -> None:
+        self.caller = caller
         self.arrival_s = arrival_s
         self.time_left_s = time_left_s
 

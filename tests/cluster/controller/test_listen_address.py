@@ -27,6 +27,11 @@ def test_only_loopback_goes_without_credentials() -> None:
     with pytest.raises(ConfigError, match="reachable from other hosts"):
         check_listen_address("0.0.0.0:0", insecure=False)
     check_listen_address("0.0.0.0:0", insecure=True)
+    check_listen_address("0.0.0.0:0", insecure=False, has_tls=True, has_tokens=True)
+    with pytest.raises(ConfigError, match="this server encrypts nothing; give"):
+        check_listen_address("0.0.0.0:0", insecure=False, has_tokens=True)
+    with pytest.raises(ConfigError, match="this server asks for no credentials; give"):
+        check_listen_address("0.0.0.0:0", insecure=False, has_tls=True)
 
 
 def test_a_taken_port_is_refused_before_anything_starts() -> None:
