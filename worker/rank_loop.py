@@ -40,6 +40,7 @@ class RankLoop:
         self._next_step_id = 0
         self._is_stopping = False
         self._hello_again_s: float | None = None  # when to say hello again; None while the scheduler knows us
+        self._link_broke_s = 0.0
 
     def run(self, hello: RankHello) -> int:
         """Say hello and obey plans until the end; the process's exit code.
@@ -101,14 +102,16 @@ class RankLoop:
                 if monitor in ready:
                     monitor.recv_multipart()
                     _log.warning("the scheduler is gone; the model stays for the next one")
-                    self._hello_again_s = time.monotonic()
+                    self._hello_again_s = self._link_broke_s = time.monotonic()
                 if link not in ready:
                     continue
                 plan = decode_rank_down(link.recv())
                 if plan.term < self._term or (plan.term == self._term and plan.step_id < self._next_step_id):
                     continue  # of a scheduler that has been replaced; or sent again, because we said hello again
                 term, step_id = plan.term, plan.step_id
-                self._hello_again_s = None
+                # Of our own term it may be one that the lost scheduler had sent; a scheduler that is still the same sends more.
+                if plan.term > self._term or time.monotonic() - self._link_broke_s > self._spec.rank_lease_s / 3:
+                    self._hello_again_s = None
                 if plan.term > self._term:
                     launched.clear()  # nobody waits for them any more
                 self._check_order(plan)

@@ -50,3 +50,27 @@ def test_a_tenant_without_limits_has_none() -> None:
         for _ in range(1000):
             held.enter_context(quotas.hold_request(LOCAL_CALLER, now_s=0))
             quotas.charge(LOCAL_CALLER, 10**9, now_s=0)
+
+
+def test_of_many_prompts_at_once_those_behind_the_limit_are_refused() -> None:
+    quotas = Quotas()
+    acme = Caller("acme", Role.USER, Limits(tokens_per_minute=100))
+    with contextlib.ExitStack() as held:
+        for _ in range(5):
+            held.enter_context(quotas.hold_request(acme, now_s=0))
+        quotas.charge_prompt(acme, 80, now_s=0)
+        quotas.charge_prompt(acme, 80, now_s=0)
+        for _ in range(3):
+            with pytest.raises(Overloaded, match="try again in 36.6 s"):
+                quotas.charge_prompt(acme, 80, now_s=0)
+
+
+def test_who_had_no_limit_owes_nothing_when_one_comes() -> None:
+    quotas = Quotas()
+    for _ in range(100):
+        quotas.charge(Caller("acme", Role.USER, Limits()), 8000, now_s=0)
+    limited = Caller("acme", Role.USER, Limits(tokens_per_minute=60))
+    with quotas.hold_request(limited, now_s=1):
+        quotas.charge_prompt(limited, 60, now_s=1)
+    with pytest.raises(Overloaded), quotas.hold_request(limited, now_s=1):
+        pass
