@@ -61,7 +61,7 @@ def test_of_many_prompts_at_once_those_behind_the_limit_are_refused() -> None:
         quotas.charge_prompt(acme, 80, now_s=0)
         quotas.charge_prompt(acme, 80, now_s=0)
         for _ in range(3):
-            with pytest.raises(Overloaded, match="try again in 36.6 s"):
+            with pytest.raises(Overloaded, match=r"try again in 36\.6 s"):
                 quotas.charge_prompt(acme, 80, now_s=0)
 
 
