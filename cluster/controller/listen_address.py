@@ -26,14 +26,17 @@ def check_listen_address(address: str, *, insecure: bool, has_tls: bool = False,
     """
     host, port = split_address(address)
     try:
-        family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(f"listen address {host!r} is not known on this machine: {error.strerror}") from None
-    if not ipaddress.ip_address(resolved[0]).is_loopback and not (has_tls and has_tokens) and not insecure:
+    # gRPC listens at every address that a name has.
+    is_local = all(ipaddress.ip_address(resolved[0]).is_loopback for *_, resolved in found)
+    if not is_local and not (has_tls and has_tokens) and not insecure:
         raise ConfigError(
             f"listen address {host} is reachable from other hosts and this server {_missing(has_tls, has_tokens)}; give --tls-cert, "
             "--tls-key and --token-file, listen on 127.0.0.1, or pass --insecure if the network is trusted"
         )
+    family, _, _, _, resolved = found[0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

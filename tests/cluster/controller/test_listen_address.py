@@ -34,6 +34,13 @@ def test_only_loopback_goes_without_credentials() -> None:
         check_listen_address("0.0.0.0:0", insecure=False, has_tls=True)
 
 
+def test_a_name_is_local_only_if_all_its_addresses_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(ConfigError, match="reachable from other hosts"):
+        check_listen_address("mixed:0", insecure=False)
+
+
 def test_a_taken_port_is_refused_before_anything_starts() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
