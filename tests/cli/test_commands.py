@@ -192,6 +192,15 @@ def test_status_watches_until_interrupted(server: FakeServer) -> None:
     assert len(lines) == 3
 
 
+def test_drain_says_what_the_group_still_runs_and_waits_no_longer_than_told(server: FakeServer) -> None:
+    done = quire("drain", "group-0", address=server.address)
+    assert (done.returncode, done.stdout) == (0, "group-0: DRAINING, 2 sequences run\n")
+    done = quire("drain", "group-0", "--wait", "0.1", address=server.address)
+    assert (done.returncode, done.stdout.count("DRAINING")) == (1, 2)
+    done = quire("drain", "nobody", address=server.address)
+    assert (done.returncode, done.stderr) == (1, "quire: there is no group nobody\n")
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_bench_serve_reports_the_load(server: FakeServer, tmp_path: Path, as_json: bool) -> None:
     prompts = tmp_path / "prompts.txt"
