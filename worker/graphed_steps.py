@@ -110,7 +110,7 @@ class GraphedSteps:
         if not len(sampled):
             return None, prompts
         size = next(size for size in self._decode_sizes if size >= len(sampled))
-        if not chunks:
+        if not chunks and not samples:
             self._steady, self._steady_size = decoding, size
         return self._sample(sampled, size), prompts
 

@@ -196,10 +196,11 @@ class _Controller:
 
     async def _run_scheduler(self) -> None:
         """Keep a scheduler alive. One that dies takes its plans with it: ranks wait for the next, gateways submit to it again."""
-        num_failures = 0
+        num_failures = num_deaths = 0
         while True:
             started_s = monotonic()
-            code = await self._run_one_scheduler(num_failures)
+            code = await self._run_one_scheduler(num_deaths)
+            num_deaths += 1
             num_failures = 1 if monotonic() - started_s >= STEADY_S else num_failures + 1
             if self._is_stopping or num_failures > MAX_RESTARTS_IN_A_ROW:
                 self._finish(f"the scheduler ended with code {code}")
@@ -209,7 +210,7 @@ class _Controller:
             self._perform(self._table.on_scheduler_lost())
 
     async def _run_one_scheduler(self, num_before: int) -> int:
-        """Start a scheduler, and wait for its end; its exit code. num_before: how many there were just before it."""
+        """Start a scheduler, and wait for its end; its exit code. num_before: how many there were before it."""
         process = ProcessConfig(
             session_address=self._address("session"),
             steps_address=self._address("steps"),
