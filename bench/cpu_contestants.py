@@ -13,7 +13,8 @@ from quire.bench.cpu_workload import OUTPUT_TOKENS, PROMPT_TOKENS, Requests
 from quire.bench.plan_loop import run_requests
 from quire.common.model_folder import read_model_folder
 from quire.worker.kv_cache import KvCache
-from quire.worker.models.transformers_model import DTYPES, load_transformers_model
+from quire.worker.models.load_model import DTYPES
+from quire.worker.models.transformers_model import load_transformers_model
 from quire.worker.runner import Runner
 
 BATCH: Final = 32

@@ -22,8 +22,9 @@ from quire.worker import cuda_swap_pool, rank_process
 from quire.worker.cuda_swap_pool import CudaSwapPool
 from quire.worker.gpu_memory import MARGIN_BYTES
 from quire.worker.kv_cache import KvCache
+from quire.worker.models.load_model import DTYPES
 from quire.worker.models.self_check import check_model
-from quire.worker.models.transformers_model import DTYPES, TransformersModel, load_transformers_model
+from quire.worker.models.transformers_model import TransformersModel, load_transformers_model
 from quire.worker.rank_spec import RankSpec
 from quire.worker.runner import Runner
 from quire.worker.warm_up import measure_prefill, measure_step_bytes, touch_decodes

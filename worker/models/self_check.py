@@ -10,7 +10,8 @@ from quire.common.errors import ConfigError
 from quire.common.messages import Chunk, RowAdd, SamplingState
 from quire.worker.batch import Batch
 from quire.worker.kv_cache import KvCache
-from quire.worker.models.transformers_model import DTYPES, TransformersModel
+from quire.worker.models.load_model import DTYPES
+from quire.worker.models.transformers_model import TransformersModel
 from quire.worker.step_inputs import build_step_inputs
 
 # Largest difference of logits from the model's own, relative to the largest logit. Seen at most, with the built-in model and

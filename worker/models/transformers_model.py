@@ -21,6 +21,7 @@ from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.checkpoint import Checkpoint
 from quire.worker.models.dummy_weights import make_dummy_module
+from quire.worker.models.load_model import DTYPES
 from quire.worker.models.packed_linear import pack_linears
 from quire.worker.models.tensor_parallel import Split, cut, install_exchanges, split_model
 from quire.worker.step_inputs import StepInputs
@@ -32,8 +33,6 @@ _names = itertools.count()
 
 # What transformers would report of weights that are all there.
 _NOTHING_WRONG: Final[dict[str, Any]] = {"missing_keys": (), "mismatched_keys": ()}
-
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TransformersModel:
