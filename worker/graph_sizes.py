@@ -51,6 +51,6 @@ def warmed(sizes: list[int]) -> set[int]:
     """Those of a kind that run once before any is captured: kernels are compiled and loaded by the size's power of two and by
     whether it is a multiple of 16. The largest is among them, because it sets up what all of them share."""
     kinds: dict[tuple[int, bool], int] = {}
-    for size in reversed(sizes):
+    for size in sorted(sizes, reverse=True):
         kinds.setdefault(((size - 1).bit_length(), size % 16 == 0), size)
     return set(kinds.values())
