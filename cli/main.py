@@ -22,6 +22,8 @@ COMMANDS: Final = {
     "chat": ("quire.cli.chat", "talk with a model"),
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),
     "drain": ("quire.cli.drain", "take a worker group out of service once it has finished"),
+    "scale": ("quire.cli.scale", "give a model more worker groups, or fewer"),
+    "restart": ("quire.cli.restart", "restart worker groups, one after the other"),
     "token": ("quire.cli.token", "make a token for a tenant of a cluster"),
     "bench": ("quire.cli.bench", "measure a running cluster, or its scheduler alone"),
     "debug": ("quire.cli.debug", "look into what a cluster did"),

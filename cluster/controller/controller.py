@@ -15,6 +15,7 @@ import grpc
 import ray
 import zmq
 import zmq.asyncio
+from ray._private.state import available_resources_per_node  # Ray tells it per node nowhere else
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -31,9 +32,11 @@ from quire.cluster.controller.groups import (
     RankInfo,
     Reattach,
     RestartRanks,
+    StartRanks,
     StopRanks,
     restart_pause_s,
 )
+from quire.cluster.controller.placement import placement_refusal
 from quire.cluster.controller.process_actor import ProcessActor
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
@@ -68,6 +71,9 @@ MIN_STEP_TIMEOUT_S: Final = {"cpu": 10.0, "cuda": 3.0}
 STATUS_TIMEOUT_S: Final = 5.0
 # How long Ray may take to place a group whose resources are there.
 PLACEMENT_TIMEOUT_S: Final = 60.0
+# Ray tells what is free with a delay; no longer than this is looked again before a wish for more groups is refused.
+PLACE_SETTLES_S: Final = 2.0
+PLACE_POLL_S: Final = 0.25
 # How long the actors may take to end their child in order before Ray kills them.
 STOP_TIMEOUT_S: Final = 15.0
 # Messages that may wait for the scheduler; there are a few per group and one per question.
@@ -82,7 +88,8 @@ def discovery_address(folder: Path) -> str:
 class _Controller:
     """Runs on its actor's one event loop. What it decides is in GroupTable; here it is performed."""
 
-    def __init__(self, config: ServeConfig, plan: ModelPlan, run_folder: str) -> None:
+    def __init__(self, config: ServeConfig, plan: ModelPlan, run_folder: str, rank_resource: str) -> None:
+        """rank_resource: of which Ray resource a rank takes one."""
         logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s controller: %(message)s")
         self._config = config
         self._plan = plan
@@ -94,10 +101,13 @@ class _Controller:
         self._scheduler: Any = None
         self._ranks: dict[str, list[Any]] = {}
         self._placements: dict[str, PlacementGroup] = {}
+        self._placed: set[str] = set()  # groups whose placement Ray has made
         self._queries: dict[int, asyncio.Future[Status]] = {}
         self._next_query_id = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        self._rank_resource = rank_resource
+        self._scaling = asyncio.Lock()
 
     # -- for `quire serve` ---------------------------------------------------------------------------------------------
 
@@ -116,11 +126,8 @@ class _Controller:
         await self._server.start()
         self._spawn(self._read_scheduler())
         self._spawn(self._run_scheduler())
-        for index in range(self._plan.groups):
-            group = Group(f"{self._plan.name.replace('/', '-')}-{index}", self._plan.name, self._plan.tensor_parallel_size)
-            self._table.add(group)
-            await self._attach(group)
-            self._spawn(self._run_ranks(group))
+        tensor_parallel_size = self._plan.tensor_parallel_size
+        self._perform(self._table.on_scale_asked(self._plan.name, self._plan.groups, tensor_parallel_size=tensor_parallel_size))
 
     async def wait_ready(self) -> str:
         """Wait until every group is ready (""), or until one cannot be (why)."""
@@ -164,11 +171,13 @@ class _Controller:
         return self._table.groups.get(group_id)
 
     def groups(self) -> list[Group]:
-        return [self._table.groups[group_id] for group_id in sorted(self._table.groups)]
+        return sorted(self._table.groups.values(), key=lambda group: (group.model, group.index))
 
-    def plan(self, model: str) -> ModelPlan:
-        assert model == self._plan.name, model
-        return self._plan
+    def models(self) -> list[str]:
+        return [self._plan.name]
+
+    def plan(self, model: str) -> ModelPlan | None:
+        return self._plan if model == self._plan.name else None
 
     async def status(self) -> Status:
         """The scheduler's gauges.
@@ -191,6 +200,37 @@ class _Controller:
 
     def drain(self, group_id: str) -> None:
         self._perform(self._table.on_drain_asked(group_id))
+
+    def restart(self, group_ids: list[str]) -> None:
+        self._perform(self._table.on_restart_asked(group_ids))
+
+    async def scale(self, plan: ModelPlan, num_groups: int) -> None:
+        """
+        Raises:
+            ConfigError: there is no place for so many groups.
+        """
+        async with self._scaling:  # two at once would count the same place twice
+            await self._check_place(plan, num_groups)
+            self._perform(self._table.on_scale_asked(plan.name, num_groups, tensor_parallel_size=plan.tensor_parallel_size))
+
+    async def _check_place(self, plan: ModelPlan, num_groups: int) -> None:
+        """Look again for a moment before refusing: Ray tells with a delay what was given back."""
+        deadline_s = monotonic() + PLACE_SETTLES_S
+        while True:
+            free = await asyncio.to_thread(_free_on_nodes, self._rank_resource)
+            refusal = placement_refusal(
+                free,
+                model=plan.name,
+                resource=self._rank_resource,
+                ranks_per_group=plan.tensor_parallel_size,
+                num_placed=sum(group.group_id in self._placed for group in self._table.wanted(plan.name)),
+                num_groups=num_groups,
+            )
+            if refusal is None:
+                return
+            if monotonic() >= deadline_s:
+                raise refusal
+            await asyncio.sleep(PLACE_POLL_S)
 
     # -- the scheduler -------------------------------------------------------------------------------------------------
 
@@ -286,16 +326,18 @@ class _Controller:
         """Place the group's ranks together, start them, and report the first that ends."""
         # Ray hides GPUs from whoever asked for none.
         num_gpus = 1 if self._plan.device == "cuda" else 0
-        bundles = [{"CPU": 1.0, "GPU": 1.0} if num_gpus else {"CPU": 1.0}] * group.tensor_parallel_size
+        bundles = [{self._rank_resource: 1.0}] * group.tensor_parallel_size
         placement = placement_group(bundles, strategy="STRICT_PACK", name=f"{group.group_id}-{group.term}")
         self._placements[group.group_id] = placement
         try:
             await asyncio.wait_for(placement.ready(), PLACEMENT_TIMEOUT_S)
         except TimeoutError:
-            asked = f"{group.tensor_parallel_size} ranks of 1 CPU each on one host"
-            why = f"Ray found no place for {asked} within {PLACEMENT_TIMEOUT_S:g} s; it has {ray.cluster_resources().get('CPU', 0):g} CPUs"
+            asked = f"{group.tensor_parallel_size} ranks of 1 {self._rank_resource} each on one host"
+            there = f"{ray.cluster_resources().get(self._rank_resource, 0):g} {self._rank_resource}, others' included"
+            why = f"Ray found no place for {asked} within {PLACEMENT_TIMEOUT_S:g} s; it has {there}"
             self._perform(self._table.on_lost(group.group_id, group.term, why, now_s=monotonic()))
             return
+        self._placed.add(group.group_id)
         actors = []
         for rank in range(group.tensor_parallel_size):
             strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
@@ -316,15 +358,25 @@ class _Controller:
             current = self._table.groups[group.group_id]
             self._perform(self._table.on_lost(group.group_id, current.term, next(iter(done)).result(), now_s=monotonic()))
 
-    async def _restart_ranks(self, group_id: str, *, pause_s: float) -> None:
-        """Start a group's ranks anew, all together, once the former ones are gone for good."""
-        await self._stop_ranks(group_id, is_lost=True)
-        await asyncio.sleep(pause_s)
-        group = self._table.groups[group_id]
-        if self._is_stopping or group.state is not GroupState.STARTING:
+    async def _start_ranks(self, group_id: str) -> None:
+        """Start a group's ranks, all together."""
+        group = self._table.groups.get(group_id)
+        if self._is_stopping or group is None or group.state is not GroupState.STARTING:
             return  # an operator asked to drain it meanwhile
         await self._attach(group)
         await self._run_ranks(group)
+
+    async def _restart_ranks(self, group_id: str, *, pause_s: float, is_lost: bool) -> None:
+        """Start a group's ranks anew, once the former ones are gone for good."""
+        await self._stop_ranks(group_id, is_lost=is_lost)
+        await asyncio.sleep(pause_s)
+        await self._start_ranks(group_id)
+
+    async def _end_ranks(self, group_id: str, *, is_lost: bool) -> None:
+        """End a group's ranks for good."""
+        await self._stop_ranks(group_id, is_lost=is_lost)
+        self._table.on_gone(group_id)
+        await self._notify()
 
     async def _wait_rank(self, group: Group, rank: int, actor: Any) -> str:
         """Wait for a rank's end; what is known of its cause."""
@@ -354,6 +406,7 @@ class _Controller:
         actors = self._ranks.pop(group_id, [])
         await asyncio.gather(*(self._stop_child(actor, is_lost=is_lost) for actor in actors))
         placement = self._placements.pop(group_id, None)
+        self._placed.discard(group_id)
         if not self._is_stopping:
             await asyncio.to_thread(_forget, actors, placement)
 
@@ -367,20 +420,24 @@ class _Controller:
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
+                case StartRanks(group_id):
+                    self._spawn(self._start_ranks(group_id))
                 case StopRanks(group_id, term, is_lost):
                     detail = self._table.groups[group_id].detail
                     log.info("group %s stops: %s", group_id, detail)
                     self._spawn(self._link.send(encode(DetachGroup(group_id, term, detail))))
-                    self._spawn(self._stop_ranks(group_id, is_lost=is_lost))
-                case RestartRanks(group_id, lost_term, pause_s):
+                    self._spawn(self._end_ranks(group_id, is_lost=is_lost))
+                case RestartRanks(group_id, lost_term, pause_s, is_lost):
                     group = self._table.groups[group_id]
                     log.warning("group %s is %s; term %d follows in %g s", group_id, group.detail, group.term, pause_s)
                     self._spawn(self._link.send(encode(DetachGroup(group_id, lost_term, group.detail))))
-                    self._spawn(self._restart_ranks(group_id, pause_s=pause_s))
+                    self._spawn(self._restart_ranks(group_id, pause_s=pause_s, is_lost=is_lost))
                 case Reattach(group_id, oldest_term):
                     self._spawn(self._attach(self._table.groups[group_id], oldest_term=oldest_term))
-                case DrainAtScheduler(group_id):
-                    self._spawn(self._link.send(encode(DrainGroup(group_id, self._table.groups[group_id].term))))
+                case DrainAtScheduler(group_id, comes_back):
+                    group = self._table.groups[group_id]
+                    log.info("group %s drains: %s", group_id, group.detail)
+                    self._spawn(self._link.send(encode(DrainGroup(group_id, group.term, comes_back))))
         groups = self.groups()
         if all(group.state is GroupState.STOPPED for group in groups) and any(group.has_failed for group in groups):
             self._finish("; ".join(f"group {group.group_id}: {group.detail}" for group in groups))
@@ -418,6 +475,11 @@ class _Controller:
 
     def _report(self, group: Group, rank: int) -> Path:
         return Path(self._rank_spec(group, rank)["report_path"])
+
+
+def _free_on_nodes(resource: str) -> dict[str, float]:
+    """What each of Ray's nodes has left of a resource, by node id. Asks Ray's store."""
+    return {node: float(free.get(resource, 0.0)) for node, free in available_resources_per_node().items()}
 
 
 def _forget(actors: list[Any], placement: PlacementGroup | None) -> None:

@@ -25,6 +25,9 @@ from quire.common.errors import Unavailable
 OBJECT_STORE_BYTES: Final = 80 * 2**20
 # Longest temporary folder that ours can lie in: the path of a Unix socket has at most 107 bytes, and Ray adds 69 to ours.
 MAX_BASE_CHARS: Final = 20
+# What a rank without a GPU takes of our own Ray, which only counts: so many ranks per core are slow, and still start.
+CPU_RANK_RESOURCE: Final = "rank_place"
+MAX_RANKS_PER_CPU: Final = 4
 # How long the controller may take to end what it started.
 STOP_TIMEOUT_S: Final = 30.0
 # How long its answer may take once it has closed its socket, which is the last thing it does.
@@ -88,7 +91,8 @@ class LocalCluster:
         self._stop.install()
         if self._stop.is_set():
             return ""
-        self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
+        rank_resource = "GPU" if self._plan.device == "cuda" else CPU_RANK_RESOURCE
+        self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder), rank_resource)
         try:
             ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
@@ -175,8 +179,9 @@ class LocalCluster:
         try:
             ray.init(
                 address="local",
-                num_cpus=num_ranks,  # a rank takes one of Ray's CPUs, whatever the machine has: it only counts them
-                num_gpus=num_ranks if self._plan.device == "cuda" else 0,
+                num_cpus=num_ranks,  # Ray starts so many workers ahead; ranks take none of these CPUs
+                num_gpus=max(num_ranks, num_visible_gpus()) if self._plan.device == "cuda" else 0,
+                resources={CPU_RANK_RESOURCE: max(num_ranks, MAX_RANKS_PER_CPU * (os.cpu_count() or 1))},
                 include_dashboard=False,
                 _temp_dir=str(self.folder / "ray"),  # its sockets and logs go when ours go
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -204,6 +209,14 @@ class LocalCluster:
 
     def _logs(self) -> Path:
         return self.folder / "logs"
+
+
+def num_visible_gpus() -> int:
+    """How many GPUs this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return len([name for name in named.split(",") if name.strip()])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
 
 
 def _absolute(path: str | None) -> str | None:

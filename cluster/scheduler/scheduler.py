@@ -227,7 +227,7 @@ class Scheduler:
             group.draining = True
             self._dispatcher.is_due = True
             self._tell_limits()
-            if not self._serving(group.model):
+            if not message.comes_back and not self._serving(group.model):
                 self._fail_new(group.model)
             self._report_if_drained(group)
 

@@ -454,6 +454,21 @@ def test_a_draining_group_finishes_what_runs_and_then_says_so() -> None:
     assert sum(isinstance(message, GroupDrained) for message in story.control) == 1
 
 
+def test_what_waits_for_a_group_that_comes_back_is_not_refused() -> None:
+    story = Story()
+    story.submit("a", [1, 2], max_tokens=6)
+    story.step()
+    story.submit("b", [3], max_tokens=2)
+    story.drain(comes_back=True)
+    story.run()
+    assert story.tokens["a"] == expected_completion([1, 2], SamplingState(), max_tokens=6)
+    assert sum(isinstance(message, GroupDrained) for message in story.control) == 1
+    assert "b" not in story.ends
+    story.attach("g0", term=2)
+    story.run()
+    assert story.tokens["b"] == expected_completion([3], SamplingState(), max_tokens=2)
+
+
 def test_a_group_is_ready_when_its_last_rank_is_there_and_the_smallest_decides() -> None:
     scheduler = Scheduler(CONFIG)
     scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 2, 4, 100, 8, 16), 0.0)
