@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 import ray
 
-from quire.cluster.controller.controller import Controller, discovery_address
+from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller, discovery_address
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.child_process import start_child
@@ -52,7 +52,7 @@ class LocalCluster:
         self._reaper = start_reaper(self.folder)
         self._controller: Any = None
         self._gateway: subprocess.Popen[bytes] | None = None
-        self._over: Any = None
+        self._over: ActorWait
 
     def __enter__(self) -> Self:
         return self
@@ -92,13 +92,14 @@ class LocalCluster:
         if self._stop.is_set():
             return ""
         rank_resource = "GPU" if self._plan.device == "cuda" else CPU_RANK_RESOURCE
-        self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder), rank_resource)
+        options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
+        self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource)
         try:
-            ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
+            ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise Unavailable(self._explain(f"the controller could not start: {error}")) from error
-        self._over = self._controller.wait_over.remote()
-        ready = self._controller.wait_ready.remote()
+        self._over = ActorWait(self._controller.wait_over)
+        ready = ActorWait(self._controller.wait_ready)
         is_ready = False
         while not (is_ready and report.exists()):
             if self._stop.is_set():
@@ -106,8 +107,7 @@ class LocalCluster:
             if time.monotonic() > deadline_s:
                 raise Unavailable(f"the cluster was not ready within {self._config.start_timeout_s:g} s; its logs are in {self._logs()}")
             self._raise_if_over()
-            if not is_ready and ray.wait([ready], timeout=POLL_S)[0]:
-                reason = ray.get(ready)
+            if not is_ready and (reason := ready.poll(timeout_s=POLL_S)) is not None:
                 if reason:
                     raise Unavailable(self._explain(reason))
                 is_ready = True
@@ -179,6 +179,7 @@ class LocalCluster:
         try:
             ray.init(
                 address="local",
+                namespace=NAMESPACE,
                 num_cpus=num_ranks,  # Ray starts so many workers ahead; ranks take none of these CPUs
                 num_gpus=max(num_ranks, num_visible_gpus()) if self._plan.device == "cuda" else 0,
                 resources={CPU_RANK_RESOURCE: max(num_ranks, MAX_RANKS_PER_CPU * (os.cpu_count() or 1))},
@@ -199,8 +200,8 @@ class LocalCluster:
                 raise Unavailable(self._explain(f"the gateway cannot start: {json.loads(report.read_text())['error']}"))
             raise Unavailable(self._explain(f"the gateway ended with code {self._gateway.returncode}"))
         try:
-            if ray.wait([self._over], timeout=POLL_S)[0]:
-                raise Unavailable(self._explain(ray.get(self._over)))
+            if (reason := self._over.poll(timeout_s=POLL_S)) is not None:
+                raise Unavailable(self._explain(reason))
         except ray.exceptions.RayError as error:
             raise Unavailable(self._explain(f"the controller is gone: {error}")) from error
 
@@ -209,6 +210,28 @@ class LocalCluster:
 
     def _logs(self) -> Path:
         return self.folder / "logs"
+
+
+class ActorWait:
+    """The answer of an actor's method that waits, also over deaths of the actor, after which it is asked anew."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+        self._call = method.remote()
+
+    def poll(self, *, timeout_s: float) -> str | None:
+        """The answer, None if it is not there yet.
+
+        Raises:
+            RayError: the actor is gone for good.
+        """
+        if not ray.wait([self._call], timeout=timeout_s)[0]:
+            return None
+        try:
+            return str(ray.get(self._call))
+        except ray.exceptions.ActorUnavailableError:  # Ray starts it anew
+            self._call = self._method.remote()
+            return None
 
 
 def num_visible_gpus() -> int:

@@ -18,6 +18,7 @@ from quire.common.messages import (
     PROTOCOL_VERSION,
     AttachGroup,
     DetachGroup,
+    DrainGroup,
     EndReason,
     Failed,
     Finished,
@@ -28,6 +29,7 @@ from quire.common.messages import (
     RowErrorCode,
     SamplingState,
     StepAck,
+    StepResult,
 )
 
 
@@ -478,6 +480,29 @@ def test_a_group_is_ready_when_its_last_rank_is_there_and_the_smallest_decides()
     (ready,) = scheduler.take_outbox().to_controller
     assert isinstance(ready, GroupReady)
     assert (ready.num_gpu_blocks, ready.max_request_tokens) == (9, 36)
+
+
+def test_a_controller_that_was_started_anew_is_told_what_it_may_have_missed() -> None:
+    scheduler = Scheduler(CONFIG)
+    attach = AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, 4, 100, 8, 16)
+    scheduler.attach(attach, 0.0)
+    scheduler.rank_hello(hello(), 0.0)
+    first = scheduler.take_outbox().to_controller
+    scheduler.attach(attach, 1.0)
+    assert scheduler.take_outbox().to_controller == first, "ready"
+    for _ in range(2):
+        scheduler.drain(DrainGroup("g0", 1))
+        assert scheduler.take_outbox().to_controller == [GroupDrained("g0", 1)]
+    scheduler.rank_hello(hello(), 1.0)
+    scheduler.apply("g0", StepResult(1, 77), 1.0)
+    (lost,) = scheduler.take_outbox().to_controller
+    assert isinstance(lost, GroupLost)
+    scheduler.attach(attach, 2.0)
+    assert scheduler.take_outbox().to_controller == [lost]
+    scheduler.attach(msgspec.structs.replace(attach, term=2), 3.0)
+    scheduler.rank_hello(hello(term=2), 3.0)
+    (ready,) = scheduler.take_outbox().to_controller
+    assert isinstance(ready, GroupReady)
 
 
 @pytest.mark.parametrize(
