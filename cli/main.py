@@ -18,6 +18,7 @@ from quire.common.errors import QuireError
 
 COMMANDS: Final = {
     "serve": ("quire.cli.serve", "start a cluster on this machine and serve a model"),
+    "controller": ("quire.cli.controller", "start a cluster on a Ray that is there already, without an edge"),
     "generate": ("quire.cli.generate", "continue a text"),
     "chat": ("quire.cli.chat", "talk with a model"),
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),

@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from quire.cluster.controller.cluster_admin import ClusterAdmin
-from quire.cluster.controller.desired_state import DesiredState, load_state, save_state
+from quire.cluster.controller.desired_state import DesiredState, drop_state, load_state, save_state
 from quire.cluster.controller.discovery import Discovery, TokenizerFile, group_message, served_model, tokenizer_files
 from quire.cluster.controller.groups import (
     MAX_RESTARTS_IN_A_ROW,
@@ -92,10 +92,14 @@ class _Controller:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, config: ServeConfig, plan: ModelPlan, run_folder: str, rank_resource: str
+        self, config: ServeConfig, plan: ModelPlan, run_folder: str, rank_resource: str, discovery_listen: str
     ) -> None:
-        """Start the scheduler, the ranks and discovery (at `discovery_address`), or take over those that a controller before this
-        one started in the same folder. Does not wait for the groups. rank_resource: of which Ray resource a rank takes one."""
+        """Start the scheduler, the ranks and discovery, or take over those that a controller before this one started in the same
+        folder. Does not wait for the groups.
+
+        rank_resource: of which Ray resource a rank takes one
+        discovery_listen: where discovery answers, HOST:PORT or unix:PATH; port 0 takes a free one, and keeps it
+        """
         logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s controller: %(message)s")
         self._config = config
         self._plan = plan
@@ -129,13 +133,25 @@ class _Controller:
         self._server = grpc.aio.server()
         discovery_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self), self._server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterAdmin(self), self._server)
-        self._server.add_insecure_port(discovery_address(self._folder))
+        self.discovery = self._bind(discovery_listen)
         await self._server.start()
 
-    # -- for `quire serve` ---------------------------------------------------------------------------------------------
+    def _bind(self, listen: str) -> str:
+        """Bind discovery; its address."""
+        host, _, port = listen.rpartition(":")
+        if listen.startswith("unix:"):
+            self._server.add_insecure_port(listen)
+            return listen
+        wanted = int(port) or self._state.discovery_port  # gateways know the port of the controller before this one
+        self._state.discovery_port = self._server.add_insecure_port(f"{host}:{wanted}")
+        save_state(self._folder, self._state)
+        return f"{host}:{self._state.discovery_port}"
 
-    async def wait_listening(self) -> None:
-        """Return once discovery answers. What keeps it from that is raised here, by Ray."""
+    # -- for `quire serve` and `quire controller` ----------------------------------------------------------------------
+
+    async def wait_listening(self) -> str:
+        """The address of discovery, once it answers. What keeps it from that is raised here, by Ray."""
+        return self.discovery
 
     async def wait_ready(self) -> str:
         """Wait until every group is ready (""), or until one cannot be (why)."""
@@ -156,6 +172,20 @@ class _Controller:
         for task in self._tasks:
             task.cancel()
         await self._server.stop(grace=None)
+
+    async def leave(self) -> str:
+        """End everything that was started, on a Ray that stays; the run's folder, which is left to the caller. This actor is, too."""
+        self._is_stopping = True
+        await asyncio.gather(*(self._ranks.end(group.group_id, is_lost=False) for group in self.groups()))
+        await asyncio.gather(*(self._ranks.end_leftovers(group.group_id) for group in self.groups()))
+        if self._scheduler is not None:
+            await stop_child(self._scheduler)
+            await asyncio.to_thread(ray.kill, self._scheduler)
+        for task in self._tasks:
+            task.cancel()
+        await self._server.stop(grace=None)
+        drop_state(self._folder)
+        return str(self._folder)
 
     # -- after the death of a controller -------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ class DesiredState:
     table: GroupTable = field(default_factory=GroupTable)
     scheduler_id: str = ""  # of the latest scheduler, "" before the first
     num_schedulers: int = 0  # that there were, this one included
+    discovery_port: int = 0  # at which discovery answers, if by TCP
 
 
 def load_state(folder: Path) -> DesiredState | None:
@@ -42,3 +43,13 @@ def save_state(folder: Path, state: DesiredState) -> None:
     temporary = folder / f"{FILE_NAME}.new"
     temporary.write_bytes(msgspec.json.encode(state))
     temporary.replace(folder / FILE_NAME)
+
+
+def drop_state(folder: Path) -> None:
+    """Nothing shall be any more."""
+    (folder / FILE_NAME).unlink(missing_ok=True)
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a controller is to live in this folder."""
+    return (folder / FILE_NAME).exists()

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 import ray
 
+from quire.cluster.controller.actor_wait import ActorWait
 from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller, discovery_address
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
@@ -93,7 +94,7 @@ class LocalCluster:
             return ""
         rank_resource = "GPU" if self._plan.device == "cuda" else CPU_RANK_RESOURCE
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
-        self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource)
+        self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource, discovery_address(self.folder))
         try:
             ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
@@ -210,28 +211,6 @@ class LocalCluster:
 
     def _logs(self) -> Path:
         return self.folder / "logs"
-
-
-class ActorWait:
-    """The answer of an actor's method that waits, also over deaths of the actor, after which it is asked anew."""
-
-    def __init__(self, method: Any) -> None:
-        self._method = method
-        self._call = method.remote()
-
-    def poll(self, *, timeout_s: float) -> str | None:
-        """The answer, None if it is not there yet.
-
-        Raises:
-            RayError: the actor is gone for good.
-        """
-        if not ray.wait([self._call], timeout=timeout_s)[0]:
-            return None
-        try:
-            return str(ray.get(self._call))
-        except ray.exceptions.ActorUnavailableError:  # Ray starts it anew
-            self._call = self._method.remote()
-            return None
 
 
 def num_visible_gpus() -> int:
