@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import ray
 from quire.cluster.controller.actor_wait import ActorWait
 from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller
 from quire.cluster.controller.desired_state import has_state
+from quire.cluster.controller.listen_address import split_address
 from quire.cluster.controller.local_cluster import MAX_BASE_CHARS
 from quire.cluster.controller.rank_actors import HEAD_RESOURCE
 from quire.cluster.controller.stop_signals import StopSignals
@@ -21,6 +23,8 @@ from quire.common.errors import AlreadyExists, NotFound, Unavailable
 
 # How long the controller may take to end what it started.
 LEAVE_TIMEOUT_S: Final = 60.0
+# How long Ray's store may take to accept a connection.
+CONNECT_TIMEOUT_S: Final = 5.0
 # How often is looked while waiting.
 POLL_S: Final = 0.2
 
@@ -35,6 +39,8 @@ class RayConnection:
         self._empty = Path(tempfile.mkdtemp(prefix="quire-driver-"))
 
     def __enter__(self) -> Self:
+        if self._address != "auto":
+            _check_answers(self._address)
         os.chdir(self._empty)
         try:
             ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -124,6 +130,14 @@ def leave_ray() -> None:
     if controller is None:
         raise NotFound("no controller of Quire runs on this Ray", reason="NO_CONTROLLER")
     _end(controller, keep_logs=False)
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for two minutes, and say so all the time."""
+    try:
+        socket.create_connection(split_address(address), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise Unavailable(f"nothing answers at Ray's address {address}: {error.strerror or error}", reason="NO_RAY") from None
 
 
 def _find_controller() -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import ray
+from ray._private import ray_constants
 
 from quire.cluster.controller.actor_wait import ActorWait
 from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller, discovery_address
@@ -200,6 +201,9 @@ class LocalCluster:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 raise Unavailable(self._explain(f"the gateway cannot start: {json.loads(report.read_text())['error']}"))
             raise Unavailable(self._explain(f"the gateway ended with code {self._gateway.returncode}"))
+        if (code := _store_exit_code()) is not None:
+            # Actors go on for a minute without it; then Ray would abort us and end them in disorder.
+            raise Unavailable(self._explain(f"Ray's store (gcs_server) ended with code {code}, and nothing can be started any more"))
         try:
             if (reason := self._over.poll(timeout_s=POLL_S)) is not None:
                 raise Unavailable(self._explain(reason))
@@ -211,6 +215,15 @@ class LocalCluster:
 
     def _logs(self) -> Path:
         return self.folder / "logs"
+
+
+def _store_exit_code() -> int | None:
+    """How the store of our own Ray ended, None if it lives."""
+    node = ray._private.worker._global_node
+    assert node is not None, "Ray is started"
+    (store,) = node.all_processes[ray_constants.PROCESS_TYPE_GCS_SERVER]
+    code: int | None = store.process.poll()
+    return code
 
 
 def num_visible_gpus() -> int:

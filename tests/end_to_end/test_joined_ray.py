@@ -176,3 +176,6 @@ def test_a_ray_that_is_not_there_and_one_without_a_word_on_its_tokens_are_refuse
     command = [sys.executable, "-P", "-m", "quire.cli.main", "controller", "--stop", "--ray-address", "127.0.0.1:1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=tmp_path, env=environ, check=False)
     assert (done.returncode, "RAY_AUTH_MODE is not set" in done.stderr) == (1, True)
+    environ["RAY_AUTH_MODE"] = "disabled"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=tmp_path, env=environ, check=False)
+    assert (done.returncode, done.stderr) == (1, "quire: nothing answers at Ray's address 127.0.0.1:1: Connection refused\n")
