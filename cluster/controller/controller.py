@@ -35,8 +35,8 @@ from quire.cluster.controller.groups import (
     restart_pause_s,
 )
 from quire.cluster.controller.placement import placement_refusal
-from quire.cluster.controller.process_actor import ProcessActor
 from quire.cluster.controller.rank_actors import HEAD_RESOURCE, HEAD_SHARE, Child, RankActors, stop_child
+from quire.cluster.controller.scheduler_actor import find_scheduler, start_scheduler
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.clock import monotonic
@@ -192,7 +192,7 @@ class _Controller:
     async def _take_over(self) -> None:
         """Find what runs. What happened meanwhile is told by who saw it: the scheduler when groups are attached again, actors when
         they are asked to wait for their children."""
-        scheduler = await self._find_scheduler()
+        scheduler = await find_scheduler(self._state.scheduler_id)
         for group in self.groups():
             if group.state is GroupState.STOPPED:
                 if not group.is_gone:
@@ -208,18 +208,10 @@ class _Controller:
                 self._spawn(self._start_over(group))
             else:
                 why = "its ranks died while the controller was away"
-                self._spawn(self._ranks.end_leftovers(group.group_id))
+                await self._ranks.end_leftovers(group.group_id)
                 self._perform(self._table.on_lost(group.group_id, group.term, why, now_s=monotonic()))
         self._spawn(self._run_scheduler(scheduler))
         log.info("took over the groups of the controller before this one: %s", [group.group_id for group in self.groups()])
-
-    async def _find_scheduler(self) -> Any:
-        """The actor of the scheduler that a controller before this one started; None if it is not there, or holds none."""
-        try:
-            actor = await asyncio.to_thread(ray.get_actor, _scheduler_name(self._state.scheduler_id))
-            return actor if await actor.pid.remote() is not None else None
-        except (ValueError, ray.exceptions.RayActorError):
-            return None
 
     async def _finish_end(self, group: Group) -> None:
         await self._link.send(encode(DetachGroup(group.group_id, group.term, group.detail)))
@@ -341,6 +333,7 @@ class _Controller:
             await asyncio.sleep(restart_pause_s(num_failures))
 
     async def _start_scheduler(self) -> Any:
+        """A new scheduler's actor."""
         process = ProcessConfig(
             session_address=self._address("session"),
             steps_address=self._address("steps"),
@@ -360,13 +353,7 @@ class _Controller:
         self._state.scheduler_id = scheduler.scheduler_id
         self._state.num_schedulers += 1
         save_state(self._folder, self._state)
-        options = ProcessActor.options(
-            name=_scheduler_name(scheduler.scheduler_id), lifetime="detached", resources={HEAD_RESOURCE: HEAD_SHARE}
-        )
-        actor = options.remote()
-        spec = {"process": asdict(process), "scheduler": asdict(scheduler), "journal": journal}
-        await actor.start.remote("quire.cluster.scheduler.process", spec, str(self._log("scheduler")))
-        return actor
+        return await start_scheduler(process, scheduler, journal, log_path=self._log("scheduler"))
 
     async def _read_scheduler(self) -> None:
         while True:
@@ -534,10 +521,6 @@ class _Controller:
 
     def _report(self, group: Group, rank: int) -> Path:
         return Path(self._rank_spec(group, rank)["report_path"])
-
-
-def _scheduler_name(scheduler_id: str) -> str:
-    return f"quire-scheduler-{scheduler_id}"
 
 
 # Ray starts it anew where it dies; after so many deaths something is wrong that no restart mends. Calls are not repeated: whoever

@@ -60,7 +60,7 @@ class RankActors:
         """Place the group's ranks together and start them.
 
         Raises:
-            Unavailable: Ray found no place.
+            Unavailable: Ray found no place, or they were ended meanwhile.
         """
         bundles = [{self._rank_resource: RANK_SHARE, HEAD_RESOURCE: HEAD_SHARE}] * group.tensor_parallel_size
         place = placement_group(bundles, strategy="STRICT_PACK", name=_place_name(group), lifetime="detached")
@@ -72,6 +72,8 @@ class RankActors:
             there = f"{ray.cluster_resources().get(self._rank_resource, 0):g} {self._rank_resource}, others' included"
             text = f"Ray found no place for {asked} within {PLACEMENT_TIMEOUT_S:g} s; it has {there}"
             raise Unavailable(text, reason="NO_PLACE") from None
+        if self._places.get(group.group_id) is not place:
+            raise Unavailable("its place was given back before it was used")
         self.placed.add(group.group_id)
         # Ray hides GPUs from whoever asked for none.
         num_gpus = 1 if self._rank_resource == "GPU" else 0
@@ -87,7 +89,10 @@ class RankActors:
             actor.start.remote("quire.worker.rank_process", child.spec, child.log_path)
             for actor, child in zip(actors, children, strict=True)
         ]
-        await asyncio.gather(*starts)
+        try:
+            await asyncio.gather(*starts)
+        except ray.exceptions.RayActorError as error:
+            raise Unavailable(f"an actor for a rank died before the rank was started: {error}") from error
 
     async def adopt(self, group: Group) -> bool:
         """Take the ranks that a controller before this one started under the group's ranks_term; whether all are there, each with a
@@ -107,7 +112,9 @@ class RankActors:
 
     async def first_end(self, group: Group) -> tuple[int, int | None] | None:
         """Wait for the first rank that ends: which one, and its exit code, None if its actor died. None if we ended them ourselves."""
-        actors = self._actors[group.group_id]
+        actors = self._actors.get(group.group_id)
+        if actors is None:
+            return None
         ends = [asyncio.ensure_future(_end_of(rank, actor)) for rank, actor in enumerate(actors)]
         done, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for end in pending:

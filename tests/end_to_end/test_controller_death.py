@@ -22,6 +22,11 @@ SCHEDULER: Final = "quire.cluster.scheduler.process"
 RANK: Final = "quire.worker.rank_process"
 
 
+def parent_of(pid: int) -> int:
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("PPid:")]
+    return int(line.split()[1])
+
+
 class Cluster:
     """A running cluster, with what the tests here do to it."""
 
@@ -95,12 +100,21 @@ def test_whatever_runs_outlives_the_controller(tmp_path: Path) -> None:
         assert sum(group.num_restarts for group in cluster.groups()) == 1
         print(f"killed with a rank: longest pause {streams.longest_pause_s:.1f} s")
 
+        # As above, but Ray's actor that would know of it dies too.
+        rank = cluster.groups()[0].ranks[0].pid
+        streams = cluster.streams_under_way()
+        cluster.kill_controller()
+        os.kill(parent_of(rank), signal.SIGKILL)
+        assert streams.wait() == cluster.expected
+        cluster.wait_ready(2)
+        assert sum(group.num_restarts for group in cluster.groups()) == 2
+
         streams = cluster.streams_under_way()
         cluster.kill_controller()
         cluster.kill(SCHEDULER)
         assert streams.wait() == cluster.expected
         cluster.wait_ready(2)
-        assert sum(group.num_restarts for group in cluster.groups()) == 1, "ranks outlive both"
+        assert sum(group.num_restarts for group in cluster.groups()) == 2, "ranks outlive both"
         print(f"killed with the scheduler: longest pause {streams.longest_pause_s:.1f} s")
 
         serve.process.send_signal(signal.SIGTERM)
