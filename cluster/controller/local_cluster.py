@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -19,9 +20,10 @@ from quire.cluster.controller.actor_wait import ActorWait
 from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller, discovery_address
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
-from quire.common.child_process import start_child
+from quire.common.child_process import start_child, stop_child
 from quire.common.config import ModelPlan, ServeConfig
 from quire.common.errors import Unavailable
+from quire.worker.rank_spec import make_rank_spec
 
 # Ray's object store carries nothing of ours but actor arguments; this is the smallest size that Ray takes.
 OBJECT_STORE_BYTES: Final = 80 * 2**20
@@ -54,6 +56,7 @@ class LocalCluster:
         self._reaper = start_reaper(self.folder)
         self._controller: Any = None
         self._gateway: subprocess.Popen[bytes] | None = None
+        self._compiler: subprocess.Popen[bytes] | None = None
         self._over: ActorWait
 
     def __enter__(self) -> Self:
@@ -85,6 +88,8 @@ class LocalCluster:
             },
             log_path=self.folder / "logs" / "gateway.log",
         )
+        if self._plan.device == "cuda":
+            self._compiler = self._start_compiler()
         self._stop.install()
         try:
             self._start_ray()
@@ -135,6 +140,8 @@ class LocalCluster:
         is_clean = not keep_logs
         if self._gateway is not None:
             is_clean = self._stop_gateway() and is_clean
+        if self._compiler is not None:
+            stop_child(self._compiler)
         if self._controller is not None:
             self._stop_controller()
         if ray.is_initialized():
@@ -170,6 +177,20 @@ class LocalCluster:
     def _controller_listens(self) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             return probe.connect_ex(discovery_address(self.folder).removeprefix("unix:")) == 0
+
+    def _start_compiler(self) -> "subprocess.Popen[bytes]":
+        """Begin with the kernels of the ranks, which would else wait for their own ones: Ray takes a third of a start."""
+        spec = make_rank_spec(
+            self._plan,
+            group_id="compile",
+            term=0,
+            rank=0,
+            scheduler_address="",
+            rank_lease_s=0.0,
+            log_level=self._config.log_level,
+            folder=self.folder,
+        )
+        return start_child("quire.worker.compile_ahead", asdict(spec), log_path=self.folder / "logs" / "compile.log")
 
     def _start_ray(self) -> None:
         # Ray's workers can import from the folder that their driver is in, and the caller's may hold a `kernels` or `proto` of
