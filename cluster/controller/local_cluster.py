@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import ray
+from ray._private import ray_constants
 
-from quire.cluster.controller.controller import Controller, discovery_address
+from quire.cluster.controller.actor_wait import ActorWait
+from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller, discovery_address
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.child_process import start_child, stop_child
@@ -27,6 +29,9 @@ from quire.worker.rank_spec import make_rank_spec
 OBJECT_STORE_BYTES: Final = 80 * 2**20
 # Longest temporary folder that ours can lie in: the path of a Unix socket has at most 107 bytes, and Ray adds 69 to ours.
 MAX_BASE_CHARS: Final = 20
+# What a rank without a GPU takes of our own Ray, which only counts: so many ranks per core are slow, and still start.
+CPU_RANK_RESOURCE: Final = "rank_place"
+MAX_RANKS_PER_CPU: Final = 4
 # How long the controller may take to end what it started.
 STOP_TIMEOUT_S: Final = 30.0
 # How long its answer may take once it has closed its socket, which is the last thing it does.
@@ -52,7 +57,7 @@ class LocalCluster:
         self._controller: Any = None
         self._gateway: subprocess.Popen[bytes] | None = None
         self._compiler: subprocess.Popen[bytes] | None = None
-        self._over: Any = None
+        self._over: ActorWait
 
     def __enter__(self) -> Self:
         return self
@@ -93,13 +98,15 @@ class LocalCluster:
         self._stop.install()
         if self._stop.is_set():
             return ""
-        self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
+        rank_resource = "GPU" if self._plan.device == "cuda" else CPU_RANK_RESOURCE
+        options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
+        self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource, discovery_address(self.folder))
         try:
-            ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
+            ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise Unavailable(self._explain(f"the controller could not start: {error}")) from error
-        self._over = self._controller.wait_over.remote()
-        ready = self._controller.wait_ready.remote()
+        self._over = ActorWait(self._controller.wait_over)
+        ready = ActorWait(self._controller.wait_ready)
         is_ready = False
         while not (is_ready and report.exists()):
             if self._stop.is_set():
@@ -107,8 +114,7 @@ class LocalCluster:
             if time.monotonic() > deadline_s:
                 raise Unavailable(f"the cluster was not ready within {self._config.start_timeout_s:g} s; its logs are in {self._logs()}")
             self._raise_if_over()
-            if not is_ready and ray.wait([ready], timeout=POLL_S)[0]:
-                reason = ray.get(ready)
+            if not is_ready and (reason := ready.poll(timeout_s=POLL_S)) is not None:
                 if reason:
                     raise Unavailable(self._explain(reason))
                 is_ready = True
@@ -196,8 +202,10 @@ class LocalCluster:
         try:
             ray.init(
                 address="local",
-                num_cpus=num_ranks,  # a rank takes one of Ray's CPUs, whatever the machine has: it only counts them
-                num_gpus=num_ranks if self._plan.device == "cuda" else 0,
+                namespace=NAMESPACE,
+                num_cpus=num_ranks,  # Ray starts so many workers ahead; ranks take none of these CPUs
+                num_gpus=max(num_ranks, num_visible_gpus()) if self._plan.device == "cuda" else 0,
+                resources={CPU_RANK_RESOURCE: max(num_ranks, MAX_RANKS_PER_CPU * (os.cpu_count() or 1))},
                 include_dashboard=False,
                 _temp_dir=str(self.folder / "ray"),  # its sockets and logs go when ours go
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -214,9 +222,12 @@ class LocalCluster:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 raise Unavailable(self._explain(f"the gateway cannot start: {json.loads(report.read_text())['error']}"))
             raise Unavailable(self._explain(f"the gateway ended with code {self._gateway.returncode}"))
+        if (code := _store_exit_code()) is not None:
+            # Actors go on for a minute without it; then Ray would abort us and end them in disorder.
+            raise Unavailable(self._explain(f"Ray's store (gcs_server) ended with code {code}, and nothing can be started any more"))
         try:
-            if ray.wait([self._over], timeout=POLL_S)[0]:
-                raise Unavailable(self._explain(ray.get(self._over)))
+            if (reason := self._over.poll(timeout_s=POLL_S)) is not None:
+                raise Unavailable(self._explain(reason))
         except ray.exceptions.RayError as error:
             raise Unavailable(self._explain(f"the controller is gone: {error}")) from error
 
@@ -225,6 +236,23 @@ class LocalCluster:
 
     def _logs(self) -> Path:
         return self.folder / "logs"
+
+
+def _store_exit_code() -> int | None:
+    """How the store of our own Ray ended, None if it lives."""
+    node = ray._private.worker._global_node
+    assert node is not None, "Ray is started"
+    (store,) = node.all_processes[ray_constants.PROCESS_TYPE_GCS_SERVER]
+    code: int | None = store.process.poll()
+    return code
+
+
+def num_visible_gpus() -> int:
+    """How many GPUs this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return len([name for name in named.split(",") if name.strip()])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
 
 
 def _absolute(path: str | None) -> str | None:
