@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 import uuid
@@ -24,7 +25,15 @@ from quire.cluster.gateway.health_service import WRITE_TIMEOUT_S as HEALTH_WRITE
 from quire.cluster.gateway.request_reader import MAX_UNREAD_CALLS, READ_TIMEOUT_S, RequestReader
 from quire.cluster.gateway.scheduler_link import DEFAULT_BOUNDS as DEFAULT_LINK_BOUNDS
 from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink
-from quire.cluster.gateway.server import CLUSTER_SERVICE, CONNECTION_GRACE_S, INFERENCE_SERVICE, MAX_CONNECTION_AGE_S, Server
+from quire.cluster.gateway.server import (
+    CLUSTER_SERVICE,
+    CONNECTION_GRACE_S,
+    HANDSHAKE_TIMEOUT_S,
+    INFERENCE_SERVICE,
+    MAX_CONNECTION_AGE_S,
+    MAX_CONNECTIONS,
+    Server,
+)
 from quire.cluster.gateway.service import WRITE_STALL_TIMEOUT_S, InferenceService
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.cluster.gateway.tls import Certificates, TlsFiles
@@ -37,6 +46,10 @@ log = logging.getLogger("quire.gateway")
 
 # What calls that outlive the drain get to notice that they end.
 STOP_GRACE_S: Final = 0.5
+
+# What a gateway has open at most: its connections, and its links, pipes and libraries. Many systems start processes with 1024, where
+# a thousand idle connections would leave no file for the next one, nor for the link to the scheduler.
+MAX_OPEN_FILES: Final = MAX_CONNECTIONS + 512
 
 # The controller's files come in chunks below this; its tables are small.
 _CHANNEL_OPTIONS: Final = (
@@ -72,6 +85,7 @@ class GatewayBounds:
     read_timeout_s: float = READ_TIMEOUT_S
     max_health_watchers: int = MAX_WATCHERS
     health_write_timeout_s: float = HEALTH_WRITE_TIMEOUT_S
+    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
     max_connection_age_s: float = MAX_CONNECTION_AGE_S
     connection_grace_s: float = CONNECTION_GRACE_S
     write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S
@@ -121,6 +135,7 @@ class Gateway:
             access=access,
             reader=self.reader,
             max_call_s=config.request_timeout_s,
+            handshake_timeout_s=bounds.handshake_timeout_s,
             max_connection_age_s=bounds.max_connection_age_s,
             connection_grace_s=bounds.connection_grace_s,
         )
@@ -184,14 +199,14 @@ def _certificates(config: GatewayConfig) -> Certificates | None:
     return Certificates(TlsFiles(Path(config.tls_cert), Path(config.tls_key), client_ca))
 
 
-async def run(config: GatewayConfig) -> int:
+async def run(config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) -> int:
     """Serve until a signal; the exit code."""
     stop = asyncio.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     report = Path(config.report_path)
     try:
-        gateway = Gateway(config)
+        gateway = Gateway(config, bounds=bounds)
     except ConfigError as error:
         write_json_atomically(report, {"error": error.message})
         return 1
@@ -226,10 +241,23 @@ async def run(config: GatewayConfig) -> int:
     return exit_code
 
 
+def raise_file_limit(wanted: int = MAX_OPEN_FILES) -> None:
+    """Let this process open as many files as it may need, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            log.warning(
+                "this process may open %d files and needs %d for %d connections; raise ulimit -Hn", allowed, wanted, MAX_CONNECTIONS
+            )
+
+
 def main(spec: dict[str, Any]) -> int:
     """Run until SIGTERM."""
     config = GatewayConfig(**spec)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s gateway: %(message)s", stream=sys.stderr)
+    raise_file_limit()
     return asyncio.run(run(config))
 
 

@@ -40,6 +40,9 @@ MAX_CONNECTIONS: Final = 1024
 KEEPALIVE_TIME_MS: Final = 5_000
 KEEPALIVE_TIMEOUT_MS: Final = 3_000
 PING_TIMEOUT_MS: Final = 5_000
+# A connection that has not said that it speaks HTTP/2, or agreed on TLS, by then is closed; gRPC's own 120 s let a thousand silent
+# ones keep everybody else out for as long.
+HANDSHAKE_TIMEOUT_S: Final = 10.0
 # Clients may ping this often, calls or not; gRPC's own five minutes ends connections of clients that only look after theirs.
 MIN_CLIENT_PING_INTERVAL_MS: Final = 5_000
 MAX_CONNECTION_IDLE_MS: Final = 300_000
@@ -84,15 +87,17 @@ class Server:
         access: Access,
         reader: RequestReader,
         max_call_s: float,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
         max_connection_age_s: float = MAX_CONNECTION_AGE_S,
         connection_grace_s: float = CONNECTION_GRACE_S,
     ) -> None:
         """max_call_s: what the longest call may take; one that runs when its connection ages is not cut off."""
-        ages = (
+        times = (
+            ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
             ("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)),
             ("grpc.max_connection_age_grace_ms", round((max_call_s + connection_grace_s) * 1000)),
         )
-        self._server = grpc.aio.server(options=(*_OPTIONS, *ages), interceptors=(access, reader))
+        self._server = grpc.aio.server(options=(*_OPTIONS, *times), interceptors=(access, reader))
         add_InferenceServiceServicer_to_server(inference, self._server)
         add_ClusterServiceServicer_to_server(cluster, self._server)
         add_HealthServicer_to_server(health, self._server)
