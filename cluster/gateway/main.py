@@ -67,6 +67,7 @@ class GatewayConfig:
     listen: str  # "host:port" of the gRPC edge; port 0 takes a free one
     discovery_address: str  # of the controller
     report_path: str  # where {"address": ...} or {"error": ...} is written
+    shares_port: bool = False  # with other gateways of this machine
     request_timeout_s: float = 600.0  # of a request without a deadline; longer deadlines are cut to it
     drain_timeout_s: float = 30.0  # that running streams get after SIGTERM
     log_level: str = "info"
@@ -135,6 +136,7 @@ class Gateway:
             access=access,
             reader=self.reader,
             max_call_s=config.request_timeout_s,
+            shares_port=config.shares_port,
             handshake_timeout_s=bounds.handshake_timeout_s,
             max_connection_age_s=bounds.max_connection_age_s,
             connection_grace_s=bounds.connection_grace_s,

@@ -71,7 +71,6 @@ _OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_INTERVAL_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_connection_idle_ms", MAX_CONNECTION_IDLE_MS),
-    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
 )
 
 
@@ -87,17 +86,22 @@ class Server:
         access: Access,
         reader: RequestReader,
         max_call_s: float,
+        shares_port: bool = False,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
         max_connection_age_s: float = MAX_CONNECTION_AGE_S,
         connection_grace_s: float = CONNECTION_GRACE_S,
     ) -> None:
-        """max_call_s: what the longest call may take; one that runs when its connection ages is not cut off."""
-        times = (
+        """
+        max_call_s: what the longest call may take; one that runs when its connection ages is not cut off
+        shares_port: other servers of this user may have the same port; else a second one fails
+        """
+        own = (
+            ("grpc.so_reuseport", int(shares_port)),
             ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
             ("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)),
             ("grpc.max_connection_age_grace_ms", round((max_call_s + connection_grace_s) * 1000)),
         )
-        self._server = grpc.aio.server(options=(*_OPTIONS, *times), interceptors=(access, reader))
+        self._server = grpc.aio.server(options=(*_OPTIONS, *own), interceptors=(access, reader))
         add_InferenceServiceServicer_to_server(inference, self._server)
         add_ClusterServiceServicer_to_server(cluster, self._server)
         add_HealthServicer_to_server(health, self._server)
