@@ -18,6 +18,7 @@ from quire.common.errors import QuireError
 
 COMMANDS: Final = {
     "serve": ("quire.cli.serve", "start a cluster on this machine and serve a model"),
+    "gateway": ("quire.cli.gateway", "join a running cluster with more gateways"),
     "generate": ("quire.cli.generate", "continue a text"),
     "chat": ("quire.cli.chat", "talk with a model"),
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),

@@ -18,6 +18,7 @@ from typing import Any, Final
 from quire.cluster.controller.groups import MAX_RESTARTS_IN_A_ROW, STEADY_S, restart_pause_s
 from quire.cluster.controller.listen_address import split_address
 from quire.common.child_process import start_child
+from quire.common.config import ServeConfig
 from quire.common.errors import ConfigError, Unavailable
 
 log = logging.getLogger("quire.gateways")
@@ -59,10 +60,11 @@ class Gateways:
     Call everything from the main thread: a child's life is tied to that of the thread that started it.
     """
 
-    def __init__(self, spec: Mapping[str, Any], *, listen: str, count: int, folder: Path) -> None:
+    def __init__(self, spec: Mapping[str, Any], *, listen: str, count: int, folder: Path, logs: Path | None) -> None:
         """
-        spec: the fields of a GatewayConfig but for the address and the report
-        folder: for reports; logs go to logs/ in it
+        spec: see `gateway_spec`
+        folder: for reports
+        logs: folder for a log of each; None: where our own errors go
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -72,6 +74,7 @@ class Gateways:
         host = listen.rpartition(":")[0]
         self._spec = {**spec, "listen": f"{host}:{self._held[0].getsockname()[1]}", "shares_port": True}
         self._folder = folder
+        self._logs = logs
         self.lives = [GatewayLife(index) for index in range(count)]
 
     def start(self) -> None:
@@ -127,7 +130,7 @@ class Gateways:
         life.process = start_child(
             "quire.cluster.gateway.main",
             {**self._spec, "report_path": str(report)},
-            log_path=self._folder / "logs" / f"gateway-{life.index}.log",
+            log_path=None if self._logs is None else self._logs / f"gateway-{life.index}.log",
         )
 
     def _look_at(self, life: GatewayLife, now_s: float) -> None:
@@ -156,6 +159,19 @@ class Gateways:
 
     def _report(self, life: GatewayLife) -> Path:
         return self._folder / f"gateway-{life.index}.json"
+
+
+def gateway_spec(config: ServeConfig, discovery_address: str) -> dict[str, Any]:
+    """What every gateway is started with: a GatewayConfig without address and report. Secrets stay in files that it names."""
+    paths = {name: getattr(config, name) for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca")}
+    return {
+        "discovery_address": discovery_address,
+        "request_timeout_s": config.request_timeout_s,
+        "drain_timeout_s": config.drain_timeout_s,
+        "log_level": config.log_level,
+        # Absolute, for gateways start in another folder.
+        **{name: None if path is None else str(Path(path).expanduser().absolute()) for name, path in paths.items()},
+    }
 
 
 def hold_address(listen: str) -> list[socket.socket]:

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import ray
 
 from quire.cluster.controller.controller import Controller, discovery_address
-from quire.cluster.controller.gateways import Gateways
+from quire.cluster.controller.gateways import Gateways, gateway_spec
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.config import ModelPlan, ServeConfig
@@ -64,17 +64,11 @@ class LocalCluster:
         deadline_s = time.monotonic() + self._config.start_timeout_s
         # The gateways come first and wait for the controller: their start costs nothing while Ray starts.
         self._gateways = Gateways(
-            {
-                "discovery_address": discovery_address(self.folder),
-                "request_timeout_s": self._config.request_timeout_s,
-                "drain_timeout_s": self._config.drain_timeout_s,
-                "log_level": self._config.log_level,
-                # Paths: what is secret stays in the files.
-                **{name: _absolute(getattr(self._config, name)) for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca")},
-            },
+            gateway_spec(self._config, discovery_address(self.folder)),
             listen=self._config.listen,
             count=self._config.gateways,
             folder=self.folder,
+            logs=self._logs(),
         )
         self._gateways.start()
         self._stop.install()
@@ -184,7 +178,3 @@ class LocalCluster:
 
     def _logs(self) -> Path:
         return self.folder / "logs"
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())

@@ -98,4 +98,4 @@ async def test_the_death_of_one_of_two_gateways_ends_its_streams_alone(tmp_path:
 
 
 async def is_zero(count: Any) -> bool:
-    return await count == 0
+    return bool(await count == 0)

@@ -77,11 +77,11 @@ class Fleet:
 
 @contextlib.asynccontextmanager
 async def fleet(tmp_path: Path, count: int, *, listen: str = "127.0.0.1:0", **spec: str) -> AsyncIterator[Fleet]:
-    (tmp_path / "logs").mkdir()
     scheduler = FakeScheduler(script=lambda _: Script([5, 0]), limits=LIMITS)
     async with scheduler, FakeController(scheduler.address) as controller:
         controller.serve(demo_files())
-        gateways = Gateways({"discovery_address": controller.address, **spec}, listen=listen, count=count, folder=tmp_path)
+        spec_of_all = {"discovery_address": controller.address, **spec}
+        gateways = Gateways(spec_of_all, listen=listen, count=count, folder=tmp_path, logs=tmp_path)
         gateways.start()
         try:
             yield Fleet(gateways)
