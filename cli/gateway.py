@@ -13,6 +13,7 @@ from quire.cluster.controller.gateways import POLL_S, Gateways, gateway_spec
 from quire.cluster.controller.listen_address import check_listen_address
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.config import ServeConfig, resolve_config
+from quire.common.curve import CurveKeys
 from quire.common.errors import ConfigError, Unavailable
 from quire.common.files import write_json_atomically
 
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Every setting below is also an environment variable, as for `quire serve`."
     )
     parser.add_argument("--discovery", metavar="ADDRESS", required=True, help="where the controller answers: HOST:PORT, or unix:/PATH")
+    parser.add_argument(
+        "--cluster-key",
+        metavar="FILE",
+        help="the file client_key of the cluster's run folder, where its scheduler is reached by TCP",
+    )
     parser.add_argument("--ready-file", metavar="FILE", help="write the address here, as JSON, once all of them serve")
     for setting in fields(ServeConfig):
         if setting.name in SETTINGS:
@@ -54,11 +60,17 @@ def run(args: argparse.Namespace) -> int:
         config.listen, insecure=config.insecure, has_tls=config.tls_cert is not None, has_tokens=config.token_file is not None
     )
     check_credentials(config)
+    if args.cluster_key is not None:
+        CurveKeys.read(Path(args.cluster_key).expanduser())
     stop = StopSignals()
     stop.install()
     with tempfile.TemporaryDirectory(prefix="quire-gateway-") as folder:
         gateways = Gateways(
-            gateway_spec(config, args.discovery), listen=config.listen, count=config.gateways, folder=Path(folder), logs=None
+            gateway_spec(config, args.discovery, cluster_key=args.cluster_key),
+            listen=config.listen,
+            count=config.gateways,
+            folder=Path(folder),
+            logs=None,
         )
         try:
             gateways.start()

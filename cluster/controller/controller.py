@@ -39,6 +39,7 @@ from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.clock import monotonic
 from quire.common.config import ModelPlan, ServeConfig
+from quire.common.curve import CurveKeys, keys_for, secure_client
 from quire.common.errors import Unavailable
 from quire.common.messages import (
     PROTOCOL_VERSION,
@@ -70,6 +71,8 @@ STATUS_TIMEOUT_S: Final = 5.0
 PLACEMENT_TIMEOUT_S: Final = 60.0
 # How long the actors may take to end their child in order before Ray kills them.
 STOP_TIMEOUT_S: Final = 15.0
+# The scheduler's sockets.
+LINKS: Final = ("session", "steps", "control")
 # Messages that may wait for the scheduler; there are a few per group and one per question.
 SEND_QUEUE_MESSAGES: Final = 1000
 
@@ -88,6 +91,7 @@ class _Controller:
         self._plan = plan
         self._folder = Path(run_folder)
         self._table = GroupTable()
+        self._keys = CurveKeys.of_folder(self._folder)
         self._files: list[TokenizerFile] = tokenizer_files(plan)
         self._changed = asyncio.Condition()
         self._over: asyncio.Future[str]
@@ -108,6 +112,8 @@ class _Controller:
         self._link.setsockopt(zmq.IDENTITY, CONTROLLER_IDENTITY)
         self._link.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._link.setsockopt(zmq.LINGER, 0)
+        if (keys := keys_for(self._address("control"), self._keys)) is not None:
+            secure_client(self._link, keys)
         self._link.connect(self._address("control"))
         self._server = grpc.aio.server()
         discovery_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self), self._server)
@@ -216,6 +222,7 @@ class _Controller:
             steps_address=self._address("steps"),
             control_address=self._address("control"),
             log_level=self._config.log_level,
+            curve=self._keys.as_spec() if any(keys_for(self._address(link), self._keys) for link in LINKS) else None,
         )
         scheduler = SchedulerConfig(
             scheduler_id=uuid.uuid4().hex,
@@ -337,6 +344,7 @@ class _Controller:
         return f"rank {rank} ended with code {code}"
 
     def _rank_spec(self, group: Group, rank: int) -> dict[str, Any]:
+        keys = keys_for(self._address("steps"), self._keys)
         return asdict(
             make_rank_spec(
                 self._plan,
@@ -347,6 +355,7 @@ class _Controller:
                 rank_lease_s=RANK_LEASE_S,
                 log_level=self._config.log_level,
                 folder=self._folder,
+                curve=keys.of_clients().as_spec() if keys is not None else None,
             )
         )
 

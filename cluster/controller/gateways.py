@@ -161,9 +161,10 @@ class Gateways:
         return self._folder / f"gateway-{life.index}.json"
 
 
-def gateway_spec(config: ServeConfig, discovery_address: str) -> dict[str, Any]:
+def gateway_spec(config: ServeConfig, discovery_address: str, *, cluster_key: str | None) -> dict[str, Any]:
     """What every gateway is started with: a GatewayConfig without address and report. Secrets stay in files that it names."""
     paths = {name: getattr(config, name) for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca")}
+    paths["cluster_key"] = cluster_key
     return {
         "discovery_address": discovery_address,
         "request_timeout_s": config.request_timeout_s,

@@ -17,6 +17,7 @@ from quire.cluster.controller.gateways import Gateways, gateway_spec
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.config import ModelPlan, ServeConfig
+from quire.common.curve import CLIENT_KEY, CurveKeys
 from quire.common.errors import Unavailable
 
 # Ray's object store carries nothing of ours but actor arguments; this is the smallest size that Ray takes.
@@ -62,9 +63,10 @@ class LocalCluster:
             QuireError: it cannot serve; the message says why and where the logs are.
         """
         deadline_s = time.monotonic() + self._config.start_timeout_s
+        CurveKeys.of_folder(self.folder)  # before gateways, which read their part
         # The gateways come first and wait for the controller: their start costs nothing while Ray starts.
         self._gateways = Gateways(
-            gateway_spec(self._config, discovery_address(self.folder)),
+            gateway_spec(self._config, discovery_address(self.folder), cluster_key=str(self.folder / CLIENT_KEY)),
             listen=self._config.listen,
             count=self._config.gateways,
             folder=self.folder,

@@ -39,6 +39,7 @@ from quire.cluster.gateway.text_workers import TextWorkers
 from quire.cluster.gateway.tls import Certificates, TlsFiles
 from quire.cluster.gateway.tokens import TokenFile
 from quire.common.child_process import enter_child
+from quire.common.curve import CurveKeys
 from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 
@@ -74,6 +75,7 @@ class GatewayConfig:
     token_file: str | None = None  # of hashed tokens; None: no tokens are asked for
     tls_cert: str | None = None  # PEM, with tls_key; None: no TLS
     tls_key: str | None = None
+    cluster_key: str | None = None  # file of the cluster's keys (common/curve.py), for a scheduler that is reached by TCP
     tls_client_ca: str | None = None  # PEM of who signs clients' certificates; None: clients need none
 
 
@@ -103,15 +105,16 @@ class Gateway:
     def __init__(self, config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) -> None:
         """
         Raises:
-            ConfigError: the token file or the certificate cannot be used.
+            ConfigError: the token file, the certificate or the cluster key cannot be used.
         """
         self._config = config
         self._certificates = _certificates(config)
+        keys = CurveKeys.read(Path(config.cluster_key)) if config.cluster_key is not None else None
         access = Access(TokenFile(Path(config.token_file)) if config.token_file is not None else None)
         self._channel = grpc.aio.insecure_channel(config.discovery_address, options=_CHANNEL_OPTIONS)
         self._workers = TextWorkers()
         self.gate = CallGate(max_calls=bounds.max_calls)
-        self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._update_health, bounds=bounds.link)
+        self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._update_health, bounds=bounds.link, keys=keys)
         self.watcher = DiscoveryWatcher(self._channel, self._workers, on_table=self._on_table, rng=random.Random())
         self.inference = InferenceService(
             table=lambda: self.watcher.table,

@@ -11,6 +11,7 @@ from serving import ServeProcess, wait_for
 
 from quire.cli.main import main
 from quire.client import Client
+from quire.common.curve import CLIENT_KEY, CLUSTER_KEY, CurveKeys
 from quire.common.errors import QuireError
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -62,10 +63,22 @@ def test_secrets_are_in_no_log_argument_environment_or_error(
             assert client.generate(PROMPT, max_tokens=2, ignore_eos=True).token_ids
             os.kill(serve.process_of("quire.worker.rank_process"), signal.SIGKILL)
             wait_for(lambda: client.cluster.groups()[0].num_restarts == 1 and client.health() == "SERVING", timeout_s=60)
-        logs = list(_logs(serve.temporary))
+        (key_file,) = serve.temporary.rglob(CLUSTER_KEY)
+        keys = CurveKeys.read(key_file)
+        logs = [path for path in _logs(serve.temporary) if path.name not in (CLUSTER_KEY, CLIENT_KEY)]
         assert any(path.name == "gateway-0.log" for path in logs)
         assert len(logs) > 10, "Ray's are among them"
-        secrets = [token, WRONG_TOKEN, BROKEN_LINE, BROKEN_KEY, PROMPT, *key_lines, *VARIABLES.values()]
+        secrets = [
+            token,
+            WRONG_TOKEN,
+            BROKEN_LINE,
+            BROKEN_KEY,
+            PROMPT,
+            *key_lines,
+            *VARIABLES.values(),
+            keys.client_secret,
+            keys.server_secret or "",
+        ]
         for secret in secrets:
             assert [path for path in logs if secret.encode() in path.read_bytes()] == [], secret
             assert secret not in serve.output, secret
