@@ -131,7 +131,11 @@ class Gateway:
             max_watchers=bounds.max_health_watchers,
             write_timeout_s=bounds.health_write_timeout_s,
         )
-        self.reader = RequestReader(timeout_s=bounds.read_timeout_s, max_unread_calls=bounds.max_unread_calls)
+        self.reader = RequestReader(
+            timeout_s=bounds.read_timeout_s,
+            max_unread_calls=bounds.max_unread_calls,
+            max_model_len=lambda: max((model.max_model_len for model in self.watcher.table.models.values()), default=0),
+        )
         self._server = Server(
             self.inference,
             ClusterService(self._channel, gate=self.gate),
