@@ -36,15 +36,18 @@ def check_num_ids(method: str, message: bytes, *, max_model_len: int) -> None:
     if name in ("Generate", "GenerateStream"):
         sizes = field_sizes(message)
         num_bytes = 0 if _TRUNCATE in sizes else sizes.get(_GENERATE_IDS, 0)  # who asks to have them cut may send more
+        reason, field = "PROMPT_TOO_LONG", None
     elif name == "Detokenize":
         num_bytes = field_sizes(message).get(_DETOKENIZE_IDS, 0)
+        reason, field = "INVALID_REQUEST", "token_ids"
     else:
         return
     if num_bytes > max_bytes:
         raise InvalidRequest(
             f"the request has more than {max_model_len} token ids, in {num_bytes} bytes; the longest model here takes {max_model_len} "
             "(max_model_len); shorten it",
-            reason="PROMPT_TOO_LONG",
+            reason=reason,
+            field=field,
             metadata={"bytes": str(num_bytes), "limit": str(max_model_len)},
         )
 
