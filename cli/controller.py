@@ -14,7 +14,7 @@ from quire.common.config import plan_model
 from quire.common.files import write_json_atomically
 
 # Settings of the edge, which other processes have.
-_EDGE_SETTINGS: Final = ("listen", "token_file", "tls_cert", "tls_key", "tls_client_ca", "request_timeout_s", "drain_timeout_s")
+_EDGE_SETTINGS: Final = ("listen", "gateways", "token_file", "tls_cert", "tls_key", "tls_client_ca", "request_timeout_s", "drain_timeout_s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

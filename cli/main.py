@@ -19,6 +19,7 @@ from quire.common.errors import QuireError
 COMMANDS: Final = {
     "serve": ("quire.cli.serve", "start a cluster on this machine and serve a model"),
     "controller": ("quire.cli.controller", "start a cluster on a Ray that is there already, without an edge"),
+    "gateway": ("quire.cli.gateway", "join a running cluster with more gateways"),
     "generate": ("quire.cli.generate", "continue a text"),
     "chat": ("quire.cli.chat", "talk with a model"),
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),

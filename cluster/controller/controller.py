@@ -41,6 +41,7 @@ from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.clock import monotonic
 from quire.common.config import ModelPlan, ServeConfig
+from quire.common.curve import CurveKeys, keys_for, secure_client
 from quire.common.errors import Unavailable
 from quire.common.messages import (
     PROTOCOL_VERSION,
@@ -71,6 +72,8 @@ STATUS_TIMEOUT_S: Final = 5.0
 # Ray tells what is free with a delay; no longer than this is looked again before a wish for more groups is refused.
 PLACE_SETTLES_S: Final = 2.0
 PLACE_POLL_S: Final = 0.25
+# The scheduler's sockets.
+LINKS: Final = ("session", "steps", "control")
 # Messages that may wait for the scheduler; there are a few per group and one per question.
 SEND_QUEUE_MESSAGES: Final = 1000
 
@@ -104,6 +107,7 @@ class _Controller:
         self._config = config
         self._plan = plan
         self._folder = Path(run_folder)
+        self._keys = CurveKeys.of_folder(self._folder)
         self._files: list[TokenizerFile] = tokenizer_files(plan)
         self._changed = asyncio.Condition()
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -122,6 +126,8 @@ class _Controller:
         self._link.setsockopt(zmq.IDENTITY, CONTROLLER_IDENTITY)
         self._link.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._link.setsockopt(zmq.LINGER, 0)
+        if (keys := keys_for(self._address("control"), self._keys)) is not None:
+            secure_client(self._link, keys)
         self._link.connect(self._address("control"))
         self._spawn(self._read_scheduler())
         if former is None:
@@ -339,6 +345,7 @@ class _Controller:
             steps_address=self._address("steps"),
             control_address=self._address("control"),
             log_level=self._config.log_level,
+            curve=self._keys.as_spec() if any(keys_for(self._address(link), self._keys) for link in LINKS) else None,
         )
         scheduler = SchedulerConfig(
             scheduler_id=uuid.uuid4().hex,
@@ -447,6 +454,7 @@ class _Controller:
         self._perform([])
 
     def _rank_spec(self, group: Group, rank: int) -> dict[str, Any]:
+        keys = keys_for(self._address("steps"), self._keys)
         return asdict(
             make_rank_spec(
                 self._plan,
@@ -457,6 +465,7 @@ class _Controller:
                 rank_lease_s=RANK_LEASE_S,
                 log_level=self._config.log_level,
                 folder=self._folder,
+                curve=keys.of_clients().as_spec() if keys is not None else None,
             )
         )
 
