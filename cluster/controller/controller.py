@@ -34,12 +34,14 @@ from quire.cluster.controller.groups import (
     StopRanks,
     restart_pause_s,
 )
+from quire.cluster.controller.metrics import ControllerMetrics
 from quire.cluster.controller.process_actor import ProcessActor
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.clock import monotonic
-from quire.common.config import ModelPlan, ServeConfig
+from quire.common.config import DEFAULT_METRICS_LISTEN, ModelPlan, ServeConfig
 from quire.common.errors import Unavailable
+from quire.common.http_pages import HttpPages
 from quire.common.messages import (
     PROTOCOL_VERSION,
     AttachGroup,
@@ -98,11 +100,14 @@ class _Controller:
         self._next_query_id = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        self._metrics = ControllerMetrics(self)
+        self._pages = HttpPages({"/metrics": self._metrics.page})
 
     # -- for `quire serve` ---------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Start the scheduler, the ranks and discovery (at `discovery_address`). Does not wait for the groups."""
+    async def start(self) -> str:
+        """Start the scheduler, the ranks and discovery (at `discovery_address`); the address of the metrics. Does not wait for the
+        groups."""
         self._over = asyncio.get_running_loop().create_future()
         self._link = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._link.setsockopt(zmq.IDENTITY, CONTROLLER_IDENTITY)
@@ -114,6 +119,10 @@ class _Controller:
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterAdmin(self), self._server)
         self._server.add_insecure_port(discovery_address(self._folder))
         await self._server.start()
+        metrics_address = await self._pages.start(
+            self._config.controller_metrics_listen or DEFAULT_METRICS_LISTEN["controller"],
+            may_move=self._config.controller_metrics_listen is None,
+        )
         self._spawn(self._read_scheduler())
         self._spawn(self._run_scheduler())
         for index in range(self._plan.groups):
@@ -121,6 +130,7 @@ class _Controller:
             self._table.add(group)
             await self._attach(group)
             self._spawn(self._run_ranks(group))
+        return metrics_address
 
     async def wait_ready(self) -> str:
         """Wait until every group is ready (""), or until one cannot be (why)."""
@@ -140,6 +150,7 @@ class _Controller:
             await self._stop_child(self._scheduler)
         for task in self._tasks:
             task.cancel()
+        await self._pages.stop()
         await self._server.stop(grace=None)
 
     # -- for discovery (ControllerView) --------------------------------------------------------------------------------
@@ -224,6 +235,7 @@ class _Controller:
             heartbeat_s=RANK_LEASE_S / 3,
             min_step_timeout_s=MIN_STEP_TIMEOUT_S[self._plan.device],
         )
+        self._metrics.scheduler_starts()
         former, self._scheduler = self._scheduler, ProcessActor.options(name=f"quire-scheduler-{scheduler.scheduler_id}").remote()
         if former is not None:
             await asyncio.to_thread(_forget, [former], None)
@@ -240,6 +252,9 @@ class _Controller:
             message = decode_control_up(await self._link.recv())
             match message:
                 case GroupReady():
+                    self._metrics.group_is_ready(
+                        message.group_id, num_gpu_blocks=message.num_gpu_blocks, num_cpu_blocks=message.num_cpu_blocks
+                    )
                     ranks = tuple(RankInfo(rank, device, host, pid) for rank, device, host, pid in message.ranks)
                     actions = self._table.on_ready(
                         message.group_id,
@@ -284,6 +299,7 @@ class _Controller:
 
     async def _run_ranks(self, group: Group) -> None:
         """Place the group's ranks together, start them, and report the first that ends."""
+        self._metrics.group_starts(group.group_id)
         # Ray hides GPUs from whoever asked for none.
         num_gpus = 1 if self._plan.device == "cuda" else 0
         bundles = [{"CPU": 1.0, "GPU": 1.0} if num_gpus else {"CPU": 1.0}] * group.tensor_parallel_size

@@ -18,7 +18,7 @@ from quire.cluster.controller.controller import Controller, discovery_address
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.child_process import start_child
-from quire.common.config import ModelPlan, ServeConfig
+from quire.common.config import DEFAULT_METRICS_LISTEN, ModelPlan, ServeConfig
 from quire.common.errors import Unavailable
 
 # Ray's object store carries nothing of ours but actor arguments; this is the smallest size that Ray takes.
@@ -50,6 +50,7 @@ class LocalCluster:
         self._controller: Any = None
         self._gateway: subprocess.Popen[bytes] | None = None
         self._over: Any = None
+        self.metrics_addresses: dict[str, str] = {}  # of the gateway and the controller, once they serve
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +75,8 @@ class LocalCluster:
                 "request_timeout_s": self._config.request_timeout_s,
                 "drain_timeout_s": self._config.drain_timeout_s,
                 "log_level": self._config.log_level,
+                "metrics_listen": self._config.metrics_listen or DEFAULT_METRICS_LISTEN["gateway"],
+                "metrics_port_is_free": self._config.metrics_listen is None,
                 # Paths: what is secret stays in the files.
                 **{name: _absolute(getattr(self._config, name)) for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca")},
                 "report_path": str(report),
@@ -90,7 +93,7 @@ class LocalCluster:
             return ""
         self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
         try:
-            ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
+            metrics_address = ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise Unavailable(self._explain(f"the controller could not start: {error}")) from error
         self._over = self._controller.wait_over.remote()
@@ -112,6 +115,7 @@ class LocalCluster:
         outcome = json.loads(report.read_text())
         if "error" in outcome:
             raise Unavailable(self._explain(f"the gateway cannot start: {outcome['error']}"))
+        self.metrics_addresses = {"gateway": str(outcome["metrics_address"]), "controller": str(metrics_address)}
         return str(outcome["address"])
 
     def run(self) -> None:
