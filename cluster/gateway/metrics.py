@@ -23,6 +23,8 @@ from quire.common.metric_names import Metric
 OK: Final = "ok"
 # Classes as SubmitRequest numbers them.
 _PRIORITIES: Final = {1: "low", 2: "normal", 3: "high"}
+# Ends that are there with 0 from the start: the rate of a counter that appears with its first event misses that one.
+_EXPECTED_ENDS: Final = (("resource_exhausted", "QUEUE_FULL"), ("internal", "UNEXPECTED"), ("unavailable", "NO_READY_GROUP"))
 
 
 @dataclass(slots=True)
@@ -61,6 +63,8 @@ class GatewayMetrics:
         build = Gauge(names.BUILD_INFO.name, names.BUILD_INFO.meaning, names.BUILD_INFO.labels, registry=self._registry)
         build.labels(version("quire"), platform.python_version(), "gateway").set(1)
         ProcessCollector(registry=self._registry)
+        for outcome, reason in _EXPECTED_ENDS:
+            self._requests.labels("", outcome, reason)
 
     @contextlib.contextmanager
     def counted(self, record: RequestRecord) -> Iterator[None]:

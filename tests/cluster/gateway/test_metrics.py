@@ -72,7 +72,9 @@ async def test_how_a_request_fails_is_a_label(tmp_path: Path) -> None:
                 await running.inference.Generate(request)
         assert running.gateway.pages.address is not None
         samples = await _scrape(running.gateway.pages.address)
-    ends = {tuple(sorted(dict(labels).items())): value for (name, labels), value in samples.items() if name == "quire_requests_total"}
+    ends = {
+        tuple(sorted(dict(labels).items())): value for (name, labels), value in samples.items() if name == "quire_requests_total" and value
+    }
     assert sum(ends.values()) == 3
     assert samples[_key("quire_requests_total", outcome="resource_exhausted", reason="QUEUE_FULL")] == 1
     assert not any("made-up" in str(labels) for labels in ends), "what a client makes up is no label"
