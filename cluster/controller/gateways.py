@@ -136,10 +136,10 @@ class Gateways:
         report = self._report(life)
         report.unlink(missing_ok=True)
         life.restart_at_s = None
-        metrics_listen = metrics_address(self._spec["metrics_listen"], life.index)
+        metrics = {"metrics_listen": metrics_address(listen, life.index)} if (listen := self._spec.get("metrics_listen")) else {}
         life.process = start_child(
             "quire.cluster.gateway.main",
-            {**self._spec, "metrics_listen": metrics_listen, "report_path": str(report)},
+            {**self._spec, **metrics, "report_path": str(report)},
             log_path=None if self._logs is None else self._logs / f"gateway-{life.index}.log",
         )
 
