@@ -78,6 +78,7 @@ def values_schema() -> Schema:
         "title": "Values of the chart quire",
         **_object(
             nameOverride=TEXT,
+            topology=_one_of("standalone", "cluster"),
             fullnameOverride=TEXT,
             image=_object(repository=NAME, tag=_not_latest(), pullPolicy=_one_of("Always", "IfNotPresent", "Never")),
             imagePullSecrets=LIST,
@@ -157,6 +158,7 @@ def _ray() -> Schema:
 def _gateway() -> Schema:
     return _object(
         replicas=COUNT,
+        maxSurge=COUNT,
         port=PORT,
         metricsPort=PORT,
         resources=FREE,
@@ -166,8 +168,8 @@ def _gateway() -> Schema:
             enabled=FLAG,
             minReplicas=AT_LEAST_ONE,
             maxReplicas=AT_LEAST_ONE,
-            targetRunningRequests=COUNT,
-            runningMetric=NAME,
+            targetCalls=COUNT,
+            callsMetric=NAME,
             targetWaitingRequests=COUNT,
             waitingMetric=NAME,
             targetCpuPercent=COUNT,

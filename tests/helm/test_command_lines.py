@@ -2,27 +2,26 @@
 
 import argparse
 from dataclasses import fields
-from typing import Any
 
 import pytest
-from helm_chart import CHART, pod_templates, render, value_sets
+from helm_chart import CHART, Rendered, pod_templates, render, value_sets
 
 from quire.cli import generate, health, serve
 from quire.common.config import ModelConfig, ServeConfig, parse_setting, resolve_config
 
 CASES = value_sets()
-# Of `quire controller` and `quire gateway` alone.
+# What `quire controller`, `quire gateway` and a `quire serve` with metrics have beside the settings of `quire serve`.
 OWN_FLAGS = {
     "controller": {"--ray-address", "--discovery-listen", "--controller-metrics-listen"},
     "gateway": {"--discovery", "--metrics-listen"},
+    "serve": {"--metrics-listen", "--controller-metrics-listen"},
 }
 
 
-def parsed(command: str, arguments: list[str]) -> ServeConfig:
-    """The settings as `quire serve` reads them; the flags that it lacks are taken out, and must be there."""
-    assert arguments[0] == command
-    own = {argument.partition("=")[0] for argument in arguments} & OWN_FLAGS[command]
-    assert own == OWN_FLAGS[command]
+def parsed(arguments: list[str]) -> ServeConfig:
+    """The settings as the program reads them; own flags are taken out, and must be there."""
+    own = {argument.partition("=")[0] for argument in arguments} & OWN_FLAGS[arguments[0]]
+    assert own == OWN_FLAGS[arguments[0]]
     parser = argparse.ArgumentParser(allow_abbrev=False)
     serve.add_arguments(parser)
     args = parser.parse_args([argument for argument in arguments[1:] if argument.partition("=")[0] not in own])
@@ -30,43 +29,51 @@ def parsed(command: str, arguments: list[str]) -> ServeConfig:
     return resolve_config({name: value for name, value in vars(args).items() if name in names}, environ={})
 
 
-def expected(name: str, cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    return {key: parse_setting(cls, key, value, where=name) for key, value in values.items()}
+def command_lines(rendered: Rendered) -> dict[str, ServeConfig]:
+    """What runs in a release, by command."""
+    containers = [container for template in pod_templates(rendered).values() for container in template["spec"]["containers"]]
+    found = [container["args"] for container in containers if "args" in container]
+    return {arguments[0]: parsed(arguments) for arguments in found if arguments[0] in OWN_FLAGS}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_settings_arrive_as_they_were_written(name: str) -> None:
-    rendered = render(CASES[name])
-    templates = pod_templates(rendered)
-    controller = parsed("controller", templates["head"]["spec"]["containers"][1]["args"])
-    gateway = parsed("gateway", templates["gateway"]["spec"]["containers"][0]["args"])
-    given = expected(name, ServeConfig, {"drain_timeout_s": 120, "start_timeout_s": 1800} | CASES[name].get("config", {}))
+    lines = command_lines(render(CASES[name]))
+    assert lines.keys() == ({"controller", "gateway"} if CASES[name].get("topology") == "cluster" else {"serve"})
+    planner, edge = lines.get("controller") or lines["serve"], lines.get("gateway") or lines["serve"]
+    given = {"drain_timeout_s": 120, "start_timeout_s": 1800} | CASES[name].get("config", {})
     for key, value in given.items():
-        assert value in (getattr(controller, key), getattr(gateway, key)), key
-    assert controller.log_level == gateway.log_level == given.get("log_level", "info")
-    assert (gateway.drain_timeout_s, controller.start_timeout_s) == (given["drain_timeout_s"], given["start_timeout_s"])
-    if "models" in CASES[name]:
-        model = CASES[name]["models"][0]
-        for key, value in expected(name, ModelConfig, model["config"]).items():
-            assert getattr(controller.models[0], key) == value, key
-        assert controller.models[0].name == model["name"]
+        assert parse_setting(ServeConfig, key, value, where=name) in (getattr(planner, key), getattr(edge, key)), key
+    assert planner.log_level == edge.log_level == given.get("log_level", "info")
+    assert planner.start_timeout_s == edge.start_timeout_s == 1800
+    assert edge.drain_timeout_s == 120
+    for model in CASES[name].get("models", []):
+        for key, value in model["config"].items():
+            assert getattr(planner.models[0], key) == parse_setting(ModelConfig, key, value, where=name), key
+        assert planner.models[0].name == model["name"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_arrive_as_they_were_written(name: str) -> None:
     """A large number in a values file is a float to Helm, and 8e+06 would be no number of tokens."""
     settings = {"drain_timeout_s": 7.5, "max_waiting_tokens": 123456789, "max_waiting_requests": 1000000, "log_level": "warning"}
-    templates = pod_templates(render(CASES[name] | {"config": settings}))
-    controller = parsed("controller", templates["head"]["spec"]["containers"][1]["args"])
-    gateway = parsed("gateway", templates["gateway"]["spec"]["containers"][0]["args"])
-    assert (controller.max_waiting_tokens, controller.max_waiting_requests) == (123456789, 1000000)
-    assert gateway.drain_timeout_s == 7.5
-    assert templates["gateway"]["spec"]["terminationGracePeriodSeconds"] == 15 + 8 + 10
+    rendered = render(CASES[name] | {"config": settings})
+    lines = command_lines(rendered)
+    planner, edge = lines.get("controller") or lines["serve"], lines.get("gateway") or lines["serve"]
+    assert (planner.max_waiting_tokens, planner.max_waiting_requests) == (123456789, 1000000)
+    assert edge.drain_timeout_s == 7.5
+    ends = 0 if "gateway" in lines else 30
+    assert pod_templates(rendered)["gateway"]["spec"]["terminationGracePeriodSeconds"] == 15 + 8 + ends + 10
+
+
+def test_a_standalone_pod_has_all_groups() -> None:
+    config = command_lines(render(CASES["gpu-standalone"]))["serve"]
+    assert (config.models[0].groups, config.models[0].model) == (2, "Qwen/Qwen3-0.6B@c1899de289a04d12100db370d81485cdf75e47ca")
 
 
 def test_gateways_find_their_secrets() -> None:
     templates = pod_templates(render(CASES["mutual-tls"]))
-    gateway = parsed("gateway", templates["gateway"]["spec"]["containers"][0]["args"])
+    gateway = parsed(templates["gateway"]["spec"]["containers"][0]["args"])
     assert (gateway.token_file, gateway.tls_cert) == ("/etc/quire/tokens/hashes", "/etc/quire/tls/tls.crt")
     assert (gateway.tls_key, gateway.tls_client_ca) == ("/etc/quire/tls/tls.key", "/etc/quire/tls/ca.crt")
     assert not gateway.insecure

@@ -45,6 +45,6 @@ def test_the_first_request_is_one_that_the_program_reads(name: str) -> None:
 def test_what_is_weak_is_said() -> None:
     assert "WARNING: security.insecure" in render(CASES["demo"]).notes
     assert "WARNING" not in render(CASES["secure"]).notes
-    assert "ray.gcsFaultTolerance keeps it in Redis" in render(CASES["demo"]).notes
+    assert "ray.gcsFaultTolerance keeps it in Redis" in render(CASES["gpu"]).notes
     assert "gcsFaultTolerance" not in render(CASES["multi-host"]).notes
     assert "asks for health alone" in render(CASES["mutual-tls"]).notes

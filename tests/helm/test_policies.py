@@ -6,10 +6,16 @@ import pytest
 from helm_chart import KUBE_VERSIONS, Rendered, containers, pod_templates, render, value_sets
 
 CASES = value_sets()
+CLUSTERS = [name for name, values in CASES.items() if values.get("topology") == "cluster"]
 
 
 @pytest.fixture(params=CASES, ids=str)
 def rendered(request: pytest.FixtureRequest) -> Rendered:
+    return render(CASES[request.param])
+
+
+@pytest.fixture(params=CLUSTERS, ids=str)
+def cluster(request: pytest.FixtureRequest) -> Rendered:
     return render(CASES[request.param])
 
 
@@ -48,7 +54,7 @@ def test_containers_say_what_they_need(rendered: Rendered) -> None:
         for container in containers(template):
             assert container["image"].rpartition(":")[2] not in ("", "latest")
             assert "cpu" not in container["resources"].get("limits", {}), "a limit stops a process for the rest of each tenth of a second"
-            assert component == "worker" or "memory" in container["resources"]["limits"]
+            assert component in ("worker", "gateway") or "memory" in container["resources"]["limits"]
 
 
 def test_a_gateway_has_more_time_to_end_than_it_needs(rendered: Rendered) -> None:
@@ -68,7 +74,10 @@ def test_probes_mean_what_they_say(rendered: Rendered) -> None:
     gateway = pod_templates(rendered)["gateway"]["spec"]["containers"][0]
     asked = {kind: _health_name(gateway[f"{kind}Probe"]) for kind in ("startup", "liveness", "readiness")}
     assert asked == {"startup": "quire.live", "liveness": "quire.live", "readiness": ""}
-    controller = pod_templates(rendered)["head"]["spec"]["containers"][1]
+
+
+def test_a_controller_is_not_given_up_while_ray_may_restart_it(cluster: Rendered) -> None:
+    controller = pod_templates(cluster)["head"]["spec"]["containers"][1]
     assert controller["livenessProbe"]["periodSeconds"] * controller["livenessProbe"]["failureThreshold"] >= 300
 
 
@@ -79,14 +88,14 @@ def _health_name(probe: dict[str, Any]) -> str:
     return str(name)
 
 
-def test_nothing_is_placed_on_the_head(rendered: Rendered) -> None:
-    cluster = rendered.one("RayCluster")["spec"]
-    assert (cluster["headGroupSpec"]["rayStartParams"]["num-cpus"], cluster["headGroupSpec"]["rayStartParams"]["num-gpus"]) == ("0", "0")
-    assert cluster["enableInTreeAutoscaling"] is False
+def test_nothing_is_placed_on_the_head(cluster: Rendered) -> None:
+    spec = cluster.one("RayCluster")["spec"]
+    assert (spec["headGroupSpec"]["rayStartParams"]["num-cpus"], spec["headGroupSpec"]["rayStartParams"]["num-gpus"]) == ("0", "0")
+    assert spec["enableInTreeAutoscaling"] is False
 
 
-def test_the_controller_shares_with_ray_what_it_joins_through(rendered: Rendered) -> None:
-    spec = pod_templates(rendered)["head"]["spec"]
+def test_the_controller_shares_with_ray_what_it_joins_through(cluster: Rendered) -> None:
+    spec = pod_templates(cluster)["head"]["spec"]
     ray, controller = spec["containers"]
     assert spec["shareProcessNamespace"] is True
     assert ray["volumeMounts"] == controller["volumeMounts"]
@@ -102,8 +111,8 @@ def test_ray_asks_for_its_token_everywhere_or_nowhere() -> None:
         ]
 
     assert modes("multi-host") == ["ray-token"] * 3
-    assert modes("demo") == [None, "demo-quire", None], "KubeRay gives its own to its own containers"
-    assert render(CASES["demo"]).one("RayCluster")["spec"]["authOptions"] == {"mode": "token"}
+    assert modes("gpu") == [None, "demo-quire", None], "KubeRay gives its own to its own containers"
+    assert render(CASES["gpu"]).one("RayCluster")["spec"]["authOptions"] == {"mode": "token"}
     assert modes("hub") == [None] * 3
     assert "authOptions" not in render(CASES["hub"]).one("RayCluster")["spec"]
 
@@ -124,14 +133,14 @@ def test_there_are_no_secrets_but_by_name(rendered: Rendered) -> None:
 
 def test_labels_find_what_they_should(rendered: Rendered) -> None:
     """Selectors of Services, budgets and policies against the labels of the pods, with those that KubeRay adds."""
-    cluster = rendered.one("RayCluster")
-    added = {
-        "gateway": {},
-        "test": {},
-        "head": {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/node-type": "head"},
-        "worker": {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/group": cluster["spec"]["workerGroupSpecs"][0]["groupName"]},
-    }
-    labels = {part: template["metadata"]["labels"] | added[part] for part, template in pod_templates(rendered).items()}
+    added: dict[str, dict[str, str]] = {}
+    for item in rendered.of_kind("RayCluster"):
+        name = {"ray.io/cluster": item["metadata"]["name"]}
+        added = {
+            "head": name | {"ray.io/node-type": "head"},
+            "worker": name | {"ray.io/group": item["spec"]["workerGroupSpecs"][0]["groupName"]},
+        }
+    labels = {part: template["metadata"]["labels"] | added.get(part, {}) for part, template in pod_templates(rendered).items()}
 
     def found(selector: dict[str, str]) -> set[str]:
         return {part for part, own in labels.items() if selector.items() <= own.items()}
@@ -150,16 +159,15 @@ def test_labels_find_what_they_should(rendered: Rendered) -> None:
 
 def test_ports_have_the_names_that_others_use(rendered: Rendered) -> None:
     templates = pod_templates(rendered)
-    names = {
-        part: {port["name"] for item in templates[part]["spec"]["containers"] for port in item["ports"]} for part in ("gateway", "head")
-    }
+    parts = templates.keys() & {"gateway", "head"}
+    names = {part: {port["name"] for item in templates[part]["spec"]["containers"] for port in item["ports"]} for part in parts}
     for service in rendered.of_kind("Service"):
         part = "head" if service["metadata"]["name"].endswith("controller") else "gateway"
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= names[part]
     for monitor in rendered.of_kind("PodMonitor"):
         part = "gateway" if monitor["metadata"]["name"].endswith("gateway") else "head"
         assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= names[part]
-    for port in (port for item in templates["head"]["spec"]["containers"] for port in item["ports"]):
+    for port in (port for part in parts for item in templates[part]["spec"]["containers"] for port in item["ports"]):
         assert not 10002 <= port["containerPort"] <= 19999, "Ray's workers take ports there"
 
 
@@ -169,7 +177,7 @@ def test_groups_get_the_pods_that_they_fill() -> None:
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
         return group["replicas"], group["numOfHosts"], group["rayStartParams"]["num-cpus"], group["rayStartParams"]["num-gpus"]
 
-    assert pods("demo") == (1, 1, "1", "0")
+    assert pods("hub") == (1, 1, "1", "0")
     assert pods("gpu") == (2, 1, "1", "1")
     assert pods("several-groups-per-pod") == (2, 1, "4", "4")
     assert pods("multi-host") == (2, 2, "8", "8")
@@ -178,6 +186,8 @@ def test_groups_get_the_pods_that_they_fill() -> None:
 def test_a_pod_asks_for_its_gpus_and_keeps_its_other_resources() -> None:
     worker = pod_templates(render(CASES["gpu"]))["worker"]["spec"]["containers"][0]
     assert worker["resources"] == {"requests": {"cpu": "8", "memory": "48Gi"}, "limits": {"memory": "48Gi", "nvidia.com/gpu": 1}}
+    server = pod_templates(render(CASES["gpu-standalone"]))["gateway"]["spec"]["containers"][0]
+    assert server["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": 2}, "of two groups"
 
 
 def test_evictions_leave_all_pods_but_one() -> None:
@@ -205,6 +215,8 @@ def test_gateways_are_scaled_by_demand() -> None:
     assert "replicas" not in rendered.one("Deployment")["spec"], "an upgrade would undo what the autoscaler did"
     assert [metric["type"] for metric in scaler["metrics"]] == ["Pods", "External", "Resource"]
     assert scaler["scaleTargetRef"]["name"] == rendered.one("Deployment")["metadata"]["name"]
+    metrics = render(CASES["gpu-standalone"]).one("HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert [metric["pods"]["metric"]["name"] for metric in metrics] == ["quire_gateway_calls", "quire_requests_waiting"]
 
 
 def test_the_head_waits_for_redis_for_a_bounded_time() -> None:
@@ -229,5 +241,7 @@ def test_models_are_where_the_program_looks() -> None:
         fetch = templates[part]["spec"]["initContainers"][-1]
         assert fetch["command"][-1] == "Qwen/Qwen3-0.6B@c1899de289a04d12100db370d81485cdf75e47ca"
         assert {"name": "HF_HOME", "value": "/models/hub"} in fetch["env"]
+    server = pod_templates(render(CASES["gpu-standalone"]))["gateway"]["spec"]
+    assert server["initContainers"][0]["command"][-1] == server["containers"][0]["args"][1]
     shared = pod_templates(render(CASES["shared-hub"]))["worker"]["spec"]["volumes"]
     assert {"name": "hub", "persistentVolumeClaim": {"claimName": "hub-cache"}} in shared

@@ -10,7 +10,7 @@ DEMO: dict[str, Any] = {"security": {"insecure": True}}
 
 def model(**changes: Any) -> dict[str, Any]:
     base = value_sets()["gpu"]["models"][0]
-    return DEMO | {"models": [base | changes]}
+    return DEMO | {"topology": "cluster", "models": [base | changes]}
 
 
 def workers(**changes: Any) -> dict[str, Any]:
@@ -23,6 +23,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "tokens without TLS": ({"security": {"tokens": {"secretName": "tokens"}}}, "security.tls.secretName"),
     "client certificates without TLS": ({"security": {"insecure": True, "tls": {"clientCertificates": True}}}, "there is no TLS without"),
     "a secret in the values": ({"security": {"insecure": True, "tokens": {"value": "s3cret"}}}, "value"),
+    "no such topology": (DEMO | {"topology": "serverless"}, "topology"),
     "a misspelt value": (DEMO | {"gatway": {}}, "gatway"),
     "a misspelt setting": (DEMO | {"config": {"drain_timeout_s": 30, "max_waitng_requests": 3}}, "max_waitng_requests"),
     "a setting of the wrong kind": (DEMO | {"config": {"drain_timeout_s": "soon"}}, "drain_timeout_s"),
@@ -46,13 +47,19 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         "some would stay unused",
     ),
     "a hub model that pods may get different files of": (model(uri="hf://org/name"), "hf://org/name@COMMIT"),
-    "Redis without an address": (DEMO | {"ray": {"gcsFaultTolerance": {"enabled": True}}}, "give HOST:PORT"),
-    "an address without a port": (DEMO | {"ray": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis"}}}, "redisAddress"),
+    "Redis without an address": (DEMO | {"topology": "cluster", "ray": {"gcsFaultTolerance": {"enabled": True}}}, "give HOST:PORT"),
+    "an address without a port": (
+        DEMO | {"topology": "cluster", "ray": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis"}}},
+        "redisAddress",
+    ),
     "fewer gateways than at least": (
         DEMO | {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}},
         "minReplicas 5 is more than maxReplicas 2",
     ),
-    "autoscaling by nothing": (DEMO | {"gateway": {"autoscaling": {"enabled": True, "targetRunningRequests": 0}}}, "has no target"),
+    "autoscaling by nothing": (
+        DEMO | {"gateway": {"autoscaling": {"enabled": True, "targetCalls": 0, "targetWaitingRequests": 0}}},
+        "has no target",
+    ),
     "one port for two": (DEMO | {"gateway": {"port": 9400}}, "gateway.port and gateway.metricsPort are both 9400"),
     "two ports of the controller": (DEMO | {"controller": {"discoveryPort": 9401}}, "are both 9401"),
     "a port of Ray's workers": (DEMO | {"controller": {"discoveryPort": 10500}}, "10002 to 19999"),

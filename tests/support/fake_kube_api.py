@@ -230,11 +230,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if path == f"/openapi/v3/{_prefix(version)}":
                 return _openapi(version)
             if path == f"/{_prefix(version)}":
-                listed = [
+                resources = [
                     {"name": name, "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": list(_VERBS)}
                     for name, kind in RESOURCES[version].items()
                 ]
-                return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": listed}
+                return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": resources}
         return None
 
     def _key(self, path: str) -> Key | None:

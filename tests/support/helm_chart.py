@@ -84,13 +84,11 @@ def lint(values: Mapping[str, Any], *, kube_version: str) -> list[str]:
 
 
 def pod_templates(rendered: Rendered) -> dict[str, Object]:
-    """Every pod that a release makes, by component."""
-    cluster = rendered.one("RayCluster")["spec"]
-    templates = {
-        "gateway": rendered.one("Deployment", "-gateway")["spec"]["template"],
-        "head": cluster["headGroupSpec"]["template"],
-        "worker": cluster["workerGroupSpecs"][0]["template"],
-    }
+    """Every pod that a release makes, by component; a whole standalone cluster is a gateway here."""
+    templates = {"gateway": rendered.one("Deployment", "-gateway")["spec"]["template"]}
+    for cluster in rendered.of_kind("RayCluster"):
+        templates["head"] = cluster["spec"]["headGroupSpec"]["template"]
+        templates["worker"] = cluster["spec"]["workerGroupSpecs"][0]["template"]
     for pod in rendered.of_kind("Pod"):
         templates["test"] = {"metadata": pod["metadata"], "spec": pod["spec"]}
     return templates

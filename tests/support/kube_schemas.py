@@ -105,7 +105,7 @@ _POD_MONITOR: Final = _object(
             interval={"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
             relabelings={
                 "type": "array",
-                "items": _object(sourceLabels={"type": "array", "items": _LABEL_NAME}, targetLabel=_LABEL_NAME, action=_TEXT),
+                "items": _object(sourceLabels={"type": "array", "items": _LABEL_NAME}, targetLabel=_LABEL_NAME, replacement=_TEXT),
             },
         ),
     },

@@ -1,4 +1,4 @@
-{{/* What the schema cannot say: values that must fit each other. Included once, by the RayCluster. */}}
+{{/* What the schema cannot say: values that must fit each other. Included once, by the Deployment. */}}
 {{- define "quire.check" -}}
 {{- with .Values.security -}}
 {{- if not (or .insecure (and .tokens.secretName .tls.secretName)) -}}
@@ -23,8 +23,8 @@
 {{- if gt (int64 .minReplicas) (int64 .maxReplicas) -}}
 {{- fail (printf "gateway.autoscaling: minReplicas %d is more than maxReplicas %d" (int64 .minReplicas) (int64 .maxReplicas)) -}}
 {{- end -}}
-{{- if not (or .targetRunningRequests .targetWaitingRequests .targetCpuPercent) -}}
-{{- fail "gateway.autoscaling is enabled and has no target; set targetRunningRequests, targetWaitingRequests or targetCpuPercent" -}}
+{{- if not (or .targetCalls .targetWaitingRequests .targetCpuPercent) -}}
+{{- fail "gateway.autoscaling is enabled and has no target; set targetCalls, targetWaitingRequests or targetCpuPercent" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -52,3 +52,12 @@
 {{- define "quire.workerGroupName" -}}
 {{- regexReplaceAll "[^a-z0-9]+" (lower .name) "-" | trunc 30 | trimAll "-" -}}
 {{- end -}}
+
+{{/* Resources of a pod with so many ranks: what the values say, and its GPUs. */}}
+{{- define "quire.rankResources" -}}
+{{- $resources := deepCopy .model.workers.resources -}}
+{{- if eq .model.config.device "cuda" -}}
+{{- $resources = merge (dict "limits" (dict .model.workers.gpuResource (int64 .ranks))) $resources -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}

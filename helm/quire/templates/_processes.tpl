@@ -12,37 +12,21 @@
 {{- end -}}
 {{- end -}}
 
-{{/* The settings of `config:` that the gateway reads; the controller reads the others, and `both` is read by both. */}}
-{{- define "quire.gatewaySettings" -}}
-request_timeout_s drain_timeout_s log_level
-{{- end -}}
-{{- define "quire.sharedSettings" -}}
-log_level
-{{- end -}}
-
+{{/* `config:` as flags of one command. The edge's settings are the gateway's, some are both's, all others are the controller's. */}}
 {{- define "quire.settingFlags" -}}
-{{- $ofGateway := splitList " " (include "quire.gatewaySettings" .root) -}}
-{{- $shared := splitList " " (include "quire.sharedSettings" .root) -}}
+{{- $ofEdge := list "request_timeout_s" "drain_timeout_s" -}}
+{{- $ofBoth := list "log_level" "start_timeout_s" -}}
 {{- range $name, $value := .root.Values.config }}
-{{- if and (not (kindIs "invalid" $value)) (or (has $name $shared) (eq (has $name $ofGateway) $.gateway)) }}
+{{- $isRead := or (eq $.command "serve") (has $name $ofBoth) (eq (has $name $ofEdge) (eq $.command "gateway")) }}
+{{- if and $isRead (not (kindIs "invalid" $value)) }}
 - {{ include "quire.flag" (dict "name" $name "value" $value) | quote }}
 {{- end }}
 {{- end }}
 {{- end -}}
 
-{{/* groups comes by the environment, from a ConfigMap: to scale is not to change the pods (docs/operate.md). */}}
-{{- define "quire.controllerArgs" -}}
+{{- define "quire.modelFlags" -}}
 {{- $model := index .Values.models 0 -}}
-{{- $path := include "quire.modelPath" $model -}}
-- controller
-{{- if $path }}
-- {{ $path | quote }}
-{{- end }}
-- --ray-address=auto
-- --discovery-listen=0.0.0.0:{{ .Values.controller.discoveryPort }}
-- --controller-metrics-listen=0.0.0.0:{{ .Values.controller.metricsPort }}
 - --name={{ $model.name }}
-{{- include "quire.settingFlags" (dict "root" . "gateway" false) }}
 {{- range $name, $value := $model.config }}
 {{- if not (kindIs "invalid" $value) }}
 - {{ include "quire.flag" (dict "name" $name "value" $value) | quote }}
@@ -50,12 +34,9 @@ log_level
 {{- end }}
 {{- end -}}
 
-{{- define "quire.gatewayArgs" -}}
-- gateway
-- --discovery={{ include "quire.fullname" . }}-controller:{{ .Values.controller.discoveryPort }}
+{{- define "quire.edgeFlags" -}}
 - --listen=0.0.0.0:{{ .Values.gateway.port }}
 - --metrics-listen=0.0.0.0:{{ .Values.gateway.metricsPort }}
-{{- include "quire.settingFlags" (dict "root" . "gateway" true) }}
 {{- with .Values.security }}
 {{- if .tokens.secretName }}
 - --token-file=/etc/quire/tokens/{{ .tokens.key }}
@@ -71,6 +52,42 @@ log_level
 - --insecure
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* A whole cluster in one pod. */}}
+{{- define "quire.serveArgs" -}}
+{{- $model := index .Values.models 0 -}}
+- serve
+{{- with include "quire.modelPath" $model }}
+- {{ . | quote }}
+{{- end }}
+{{ include "quire.edgeFlags" . }}
+- --controller-metrics-listen=0.0.0.0:{{ .Values.controller.metricsPort }}
+- --groups={{ int64 $model.groups }}
+{{ include "quire.modelFlags" . }}
+{{- include "quire.settingFlags" (dict "root" . "command" "serve") }}
+{{- end -}}
+
+{{/* groups comes by the environment, from a ConfigMap: to scale is not to change the pods (docs/operate.md). */}}
+{{- define "quire.controllerArgs" -}}
+- controller
+{{- with include "quire.modelPath" (index .Values.models 0) }}
+- {{ . | quote }}
+{{- end }}
+- --ray-address=auto
+- --discovery-listen=0.0.0.0:{{ .Values.controller.discoveryPort }}
+- --controller-metrics-listen=0.0.0.0:{{ .Values.controller.metricsPort }}
+# Discovery has no TLS; the NetworkPolicy says who reaches it.
+- --insecure
+{{ include "quire.modelFlags" . }}
+{{- include "quire.settingFlags" (dict "root" . "command" "controller") }}
+{{- end -}}
+
+{{- define "quire.gatewayArgs" -}}
+- gateway
+- --discovery={{ include "quire.fullname" . }}-controller:{{ .Values.controller.discoveryPort }}
+{{ include "quire.edgeFlags" . }}
+{{- include "quire.settingFlags" (dict "root" . "command" "gateway") }}
 {{- end -}}
 
 {{/* A probe of a gateway, for the health name that is given. Kubelets speak no TLS in gRPC probes, so with TLS a process asks. */}}
@@ -104,8 +121,10 @@ grpc:
 {{- add (int64 .preStopSeconds) (int64 (ceil .drainSeconds)) 10 -}}
 {{- end -}}
 
+{{/* Of a gateway, which drains; a standalone pod then ends its scheduler and ranks too (STOP_TIMEOUT_S of a local cluster). */}}
 {{- define "quire.gatewayGracePeriodSeconds" -}}
-{{- include "quire.gracePeriodSeconds" (dict "preStopSeconds" .Values.gateway.preStopSeconds "drainSeconds" .Values.config.drain_timeout_s) -}}
+{{- $seconds := addf .Values.config.drain_timeout_s (ternary 30 0 (eq .Values.topology "standalone")) -}}
+{{- include "quire.gracePeriodSeconds" (dict "preStopSeconds" .Values.gateway.preStopSeconds "drainSeconds" $seconds) -}}
 {{- end -}}
 
 {{/* What the controller takes at most to end the scheduler and all ranks (STOP_TIMEOUT_S in cluster/controller/local_cluster.py). */}}

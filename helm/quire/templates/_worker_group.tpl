@@ -66,11 +66,7 @@
           ports:
             - {name: metrics, containerPort: 8080}
           resources:
-            {{- $resources := deepCopy $workers.resources }}
-            {{- if $isCuda }}
-            {{- $resources = merge (dict "limits" (dict $workers.gpuResource (int64 $workers.ranksPerHost))) $resources }}
-            {{- end }}
-            {{- toYaml $resources | nindent 12 }}
+            {{- include "quire.rankResources" (dict "model" .model "ranks" $workers.ranksPerHost) | nindent 12 }}
           securityContext:
             {{- include "quire.containerSecurityContext" $root | nindent 12 }}
           volumeMounts:
