@@ -13,10 +13,10 @@ from quire.common.config import ModelConfig, ServeConfig
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
-TOOL = CHART.parents[1] / "tools" / "values_schema.py"
+TOOL = CHART.parents[1] / "tools" / "chart_files.py"
 
 
-def test_the_schema_is_what_the_config_model_says() -> None:
+def test_schema_and_copies_are_up_to_date() -> None:
     done = subprocess.run([sys.executable, "-P", TOOL, "--check"], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -1,5 +1,6 @@
 """Our chart through Helm's own engine: what `helm template` and `helm lint` would give. Everything that knows the binding is here."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,13 +52,7 @@ def render(
         ChartRefused: the schema or the chart does not take the values.
     """
     options = {"name": name, "namespace": "llm", "kube_version": f"v{kube_version}.0", "api_versions": list(api_versions)}
-    try:
-        with helm_python.Chart.load(CHART) as chart:
-            chart.validate_schema(chart.merge_values(dict(values)))
-            # Chart.render has no parameters for versions yet.
-            files = json.loads(_native.call_string("helm_render", chart._raw(), json.dumps(values), json.dumps(options)))
-    except HelmError as error:
-        raise ChartRefused(str(error)) from None
+    files = _files(json.dumps(values), json.dumps(options))
     texts = [text for path, text in files.items() if path.endswith(".yaml")]
     return Rendered(
         objects=[item for text in texts for item in yaml.load_all(text, _UniqueKeys) if item],
@@ -65,7 +60,20 @@ def render(
     )
 
 
-class _UniqueKeys(yaml.SafeLoader):
+@functools.cache
+def _files(values: str, options: str) -> dict[str, str]:
+    """What each template becomes."""
+    try:
+        with helm_python.Chart.load(CHART) as chart:
+            chart.validate_schema(chart.merge_values(json.loads(values)))
+            # Chart.render has no parameters for versions yet.
+            files: dict[str, str] = json.loads(_native.call_string("helm_render", chart._raw(), values, options))
+    except HelmError as error:
+        raise ChartRefused(str(error)) from None
+    return files
+
+
+class _UniqueKeys(yaml.CSafeLoader):
     """Refuses a mapping that says a key twice, of which YAML's readers silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -37,6 +37,9 @@
 {{- define "quire.edgeFlags" -}}
 - --listen=0.0.0.0:{{ .Values.gateway.port }}
 - --metrics-listen=0.0.0.0:{{ .Values.gateway.metricsPort }}
+{{- if gt (int64 .Values.gateway.processes) 1 }}
+- --gateways={{ int64 .Values.gateway.processes }}
+{{- end }}
 {{- with .Values.security }}
 {{- if .tokens.secretName }}
 - --token-file=/etc/quire/tokens/{{ .tokens.key }}

@@ -1,7 +1,8 @@
-"""Writes helm/quire/values.schema.json. Settings of the server and of models come from the config model of the command line.
+"""Writes what helm/quire has of other parts: values.schema.json from the config model of the command line, and copies of the rules
+and dashboards of deploy/, since a chart can only hold what lies in its own folder.
 
-python tools/values_schema.py            write it
-python tools/values_schema.py --check    exit with 1 if it is not what it should be
+    python tools/chart_files.py            write them
+    python tools/chart_files.py --check    exit with 1 if one is not what it should be
 """
 
 import argparse
@@ -11,10 +12,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
+
 from quire.common.config import ModelConfig, ServeConfig, resolve_config, setting_type
 from quire.common.errors import ConfigError
 
-SCHEMA_PATH: Final = Path(__file__).parent.parent / "helm" / "quire" / "values.schema.json"
+ROOT: Final = Path(__file__).parent.parent
+CHART: Final = ROOT / "helm" / "quire"
+# What is copied, by its folder in the chart. Tests of rules and configs of Prometheus stand beside the rules and stay there.
+COPIED: Final = {"files/prometheus": "deploy/prometheus/*.yml", "files/grafana": "deploy/grafana/*.json"}
 
 # Settings that the chart decides itself, from other values.
 CHART_SERVER_SETTINGS: Final = frozenset(
@@ -56,19 +62,40 @@ SECRET_NAME: Final[Schema] = {"type": "string", "pattern": r"^([a-z0-9]([-a-z0-9
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    text = schema_text()
+    wanted, there = wanted_files(), present_files()
     if parser.parse_args().check:
-        if SCHEMA_PATH.read_text() == text:
-            return 0
-        print(f"{SCHEMA_PATH} is not what the config model says; run: python tools/values_schema.py", file=sys.stderr)
-        return 1
-    SCHEMA_PATH.write_text(text)
+        wrong = sorted(str(path.relative_to(ROOT)) for path in wanted.keys() | there.keys() if wanted.get(path) != there.get(path))
+        for name in wrong:
+            print(f"{name} is not what it should be; run: python tools/chart_files.py", file=sys.stderr)
+        return 1 if wrong else 0
+    for path in there.keys() - wanted.keys():
+        path.unlink()
+    for path, text in wanted.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return 0
 
 
-def schema_text() -> str:
-    """The file's contents."""
-    return json.dumps(values_schema(), indent=2) + "\n"
+def wanted_files() -> dict[Path, str]:
+    """Everything in the chart that is made here, and its contents."""
+    wanted = {CHART / "values.schema.json": json.dumps(values_schema(), indent=2) + "\n"}
+    for folder, pattern in COPIED.items():
+        for path in ROOT.glob(pattern):
+            text = path.read_text()
+            if path.suffix == ".json" or _is_rules(text):
+                wanted[CHART / folder / path.name] = text
+    return wanted
+
+
+def present_files() -> dict[Path, str]:
+    """What of it is there."""
+    found = [CHART / "values.schema.json", *(path for folder in COPIED for path in (CHART / folder).glob("*"))]
+    return {path: path.read_text() for path in found if path.exists()}
+
+
+def _is_rules(text: str) -> bool:
+    contents = yaml.safe_load(text)
+    return isinstance(contents, dict) and contents.keys() == {"groups"}
 
 
 def values_schema() -> Schema:
@@ -158,6 +185,7 @@ def _ray() -> Schema:
 def _gateway() -> Schema:
     return _object(
         replicas=COUNT,
+        processes=AT_LEAST_ONE,
         maxSurge=COUNT,
         port=PORT,
         metricsPort=PORT,
