@@ -6,34 +6,36 @@ from dataclasses import fields
 import pytest
 from helm_chart import CHART, Rendered, pod_templates, render, value_sets
 
-from quire.cli import generate, health, serve
+from quire.cli import controller, gateway, generate, health, serve
 from quire.common.config import ModelConfig, ServeConfig, parse_setting, resolve_config
 
 CASES = value_sets()
-# What `quire controller`, `quire gateway` and a `quire serve` with metrics have beside the settings of `quire serve`.
-OWN_FLAGS = {
-    "controller": {"--ray-address", "--discovery-listen", "--controller-metrics-listen"},
-    "gateway": {"--discovery", "--metrics-listen"},
-    "serve": {"--metrics-listen", "--controller-metrics-listen"},
-}
+COMMANDS = {"controller": controller, "gateway": gateway, "serve": serve}
+# Of these, a program without metrics has none.
+METRICS_FLAGS = {"--metrics-listen", "--controller-metrics-listen"}
 
 
 def parsed(arguments: list[str]) -> ServeConfig:
-    """The settings as the program reads them; own flags are taken out, and must be there."""
-    own = {argument.partition("=")[0] for argument in arguments} & OWN_FLAGS[arguments[0]]
-    assert own == OWN_FLAGS[arguments[0]]
+    """The settings as the command itself reads them."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    serve.add_arguments(parser)
-    args = parser.parse_args([argument for argument in arguments[1:] if argument.partition("=")[0] not in own])
+    COMMANDS[arguments[0]].add_arguments(parser)
+    known = [argument for argument in arguments[1:] if not is_missing(parser, argument)]
+    assert {argument.partition("=")[0] for argument in arguments[1:] if argument not in known} <= METRICS_FLAGS
+    args = parser.parse_args(known)
     names = {f.name for cls in (ServeConfig, ModelConfig) for f in fields(cls)}
     return resolve_config({name: value for name, value in vars(args).items() if name in names}, environ={})
+
+
+def is_missing(parser: argparse.ArgumentParser, argument: str) -> bool:
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    return argument.startswith("--") and argument.partition("=")[0] not in flags
 
 
 def command_lines(rendered: Rendered) -> dict[str, ServeConfig]:
     """What runs in a release, by command."""
     containers = [container for template in pod_templates(rendered).values() for container in template["spec"]["containers"]]
     found = [container["args"] for container in containers if "args" in container]
-    return {arguments[0]: parsed(arguments) for arguments in found if arguments[0] in OWN_FLAGS}
+    return {arguments[0]: parsed(arguments) for arguments in found if arguments[0] in COMMANDS}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,17 +75,17 @@ def test_a_standalone_pod_has_all_groups() -> None:
 
 def test_gateways_find_their_secrets() -> None:
     templates = pod_templates(render(CASES["mutual-tls"]))
-    gateway = parsed(templates["gateway"]["spec"]["containers"][0]["args"])
-    assert (gateway.token_file, gateway.tls_cert) == ("/etc/quire/tokens/hashes", "/etc/quire/tls/tls.crt")
-    assert (gateway.tls_key, gateway.tls_client_ca) == ("/etc/quire/tls/tls.key", "/etc/quire/tls/ca.crt")
-    assert not gateway.insecure
+    edge = parsed(templates["gateway"]["spec"]["containers"][0]["args"])
+    assert (edge.token_file, edge.tls_cert) == ("/etc/quire/tokens/hashes", "/etc/quire/tls/tls.crt")
+    assert (edge.tls_key, edge.tls_client_ca) == ("/etc/quire/tls/tls.key", "/etc/quire/tls/ca.crt")
+    assert not edge.insecure
     mounts = {mount["mountPath"] for mount in templates["gateway"]["spec"]["containers"][0]["volumeMounts"]}
     assert {"/etc/quire/tokens", "/etc/quire/tls"} <= mounts
 
 
 def test_groups_come_by_the_environment() -> None:
-    controller = pod_templates(render(CASES["gpu"]))["head"]["spec"]["containers"][1]
-    (groups,) = [entry for entry in controller["env"] if entry["name"] == "QUIRE_GROUPS"]
+    container = pod_templates(render(CASES["gpu"]))["head"]["spec"]["containers"][1]
+    (groups,) = [entry for entry in container["env"] if entry["name"] == "QUIRE_GROUPS"]
     config_map = render(CASES["gpu"]).one("ConfigMap", "-scale")
     assert groups["valueFrom"]["configMapKeyRef"]["name"] == config_map["metadata"]["name"]
     assert resolve_config({}, environ={"QUIRE_GROUPS": config_map["data"]["groups"]}).models[0].groups == 2
@@ -102,14 +104,14 @@ def test_the_test_hook_calls_the_program_as_it_is(name: str) -> None:
 
 
 def test_probes_with_tls_call_the_program_as_it_is() -> None:
-    gateway = pod_templates(render(CASES["mutual-tls"]))["gateway"]["spec"]["containers"][0]
+    container = pod_templates(render(CASES["mutual-tls"]))["gateway"]["spec"]["containers"][0]
     for kind in ("startup", "liveness", "readiness"):
-        program, command, *arguments = gateway[f"{kind}Probe"]["exec"]["command"]
+        program, command, *arguments = container[f"{kind}Probe"]["exec"]["command"]
         parser = argparse.ArgumentParser(allow_abbrev=False)
         health.add_arguments(parser)
         args = parser.parse_args(arguments)
         assert (program, command, args.tls_server_name) == ("quire", "health", "demo-quire-gateway.llm.svc")
-        assert args.timeout < gateway[f"{kind}Probe"]["timeoutSeconds"]
+        assert args.timeout < container[f"{kind}Probe"]["timeoutSeconds"]
 
 
 def test_the_charts_version_is_the_programs() -> None:

@@ -114,6 +114,8 @@ def test_ray_asks_for_its_token_everywhere_or_nowhere() -> None:
     assert modes("gpu") == [None, "demo-quire", None], "KubeRay gives its own to its own containers"
     assert render(CASES["gpu"]).one("RayCluster")["spec"]["authOptions"] == {"mode": "token"}
     assert modes("hub") == [None] * 3
+    for container in containers(pod_templates(render(CASES["hub"]))["worker"])[-1:]:
+        assert {"name": "RAY_AUTH_MODE", "value": "disabled"} in container["env"], "the controller refuses to guess"
     assert "authOptions" not in render(CASES["hub"]).one("RayCluster")["spec"]
 
 

@@ -69,11 +69,11 @@ capabilities:
 {{- end }}
 {{- end -}}
 
-{{/* Ray's token. KubeRay gives it to Ray's own containers when it made it; to all others, and when the Secret is yours, we do. */}}
+{{/* How Ray knows its friends. KubeRay tells Ray's own containers when it made the token; all others, and all when it did not, we. */}}
 {{- define "quire.rayTokenEnv" -}}
-{{- if .Values.ray.auth.enabled }}
 - name: RAY_AUTH_MODE
-  value: token
+  value: {{ ternary "token" "disabled" .Values.ray.auth.enabled }}
+{{- if .Values.ray.auth.enabled }}
 - name: RAY_AUTH_TOKEN
   valueFrom:
     secretKeyRef:
@@ -83,7 +83,7 @@ capabilities:
 {{- end -}}
 
 {{- define "quire.rayContainerTokenEnv" -}}
-{{- if .Values.ray.auth.secretName }}
+{{- if or .Values.ray.auth.secretName (not .Values.ray.auth.enabled) }}
 {{- include "quire.rayTokenEnv" . }}
 {{- end }}
 {{- end -}}
