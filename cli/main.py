@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "generate": ("quire.cli.generate", "continue a text"),
     "chat": ("quire.cli.chat", "talk with a model"),
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),
+    "health": ("quire.cli.health", "ask whether a cluster serves"),
     "drain": ("quire.cli.drain", "take a worker group out of service once it has finished"),
     "scale": ("quire.cli.scale", "give a model more worker groups, or fewer"),
     "restart": ("quire.cli.restart", "restart worker groups, one after the other"),
