@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from quire.cluster.controller.desired_state import has_state
+from quire.cluster.controller.listen_address import free_port_pair
 from quire.common.child_process import start_child, stop_child
 
 
@@ -32,6 +33,11 @@ class _ProcessActor:
         logs.mkdir(exist_ok=True)
         self._child = start_child(module, spec, log_path=Path(log_path))
         return self._child.pid
+
+    async def meeting_place(self) -> tuple[str, str]:
+        """The address of this host in Ray's network, and HOST:PORT of a port that is free there."""
+        host = ray.util.get_node_ip_address()
+        return host, f"{host}:{free_port_pair(host)}"
 
     async def pid(self) -> int | None:
         """The process id of the child, dead or alive; None if none was started."""

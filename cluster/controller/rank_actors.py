@@ -70,7 +70,9 @@ class RankActors:
         """
         bundle = {self._rank_resource: RANK_SHARE} | ({} if self._may_leave_head else {HEAD_RESOURCE: HEAD_SHARE})
         bundles = [bundle] * group.tensor_parallel_size
-        place = placement_group(bundles, strategy="STRICT_PACK", name=_place_name(group), lifetime="detached")
+        several = self._may_leave_head and await asyncio.to_thread(self._needs_several_hosts, group)
+        strategy = "PACK" if several else "STRICT_PACK"
+        place = placement_group(bundles, strategy=strategy, name=_place_name(group), lifetime="detached")
         self._places[group.group_id] = place
         try:
             await asyncio.wait_for(place.ready(), PLACEMENT_TIMEOUT_S)
@@ -92,14 +94,30 @@ class RankActors:
             )
             actors.append(options.remote())
         self._actors[group.group_id] = actors
-        starts = [
-            actor.start.remote("quire.worker.rank_process", child.spec, child.log_path)
-            for actor, child in zip(actors, children, strict=True)
-        ]
         try:
-            await asyncio.gather(*starts)
+            meeting = await self._meeting_specs(actors)
+            await asyncio.gather(
+                *(
+                    actor.start.remote("quire.worker.rank_process", child.spec | spec, child.log_path)
+                    for actor, child, spec in zip(actors, children, meeting, strict=True)
+                )
+            )
         except ray.exceptions.RayActorError as error:
             raise Unavailable(f"an actor for a rank died before the rank was started: {error}") from error
+
+    def _needs_several_hosts(self, group: Group) -> bool:
+        """Whether no host has as much as the group takes, used or not."""
+        most = max((node["Resources"].get(self._rank_resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+        return bool(most < group.tensor_parallel_size * RANK_SHARE)
+
+    async def _meeting_specs(self, actors: Sequence[Any]) -> list[dict[str, str]]:
+        """What ranks on several hosts must be told to find each other; those of one host meet at a file."""
+        if not self._may_leave_head or len(actors) == 1:
+            return [{}] * len(actors)
+        found = await asyncio.gather(*(actor.meeting_place.remote() for actor in actors))
+        if len({host for host, _ in found}) == 1:
+            return [{}] * len(actors)
+        return [{"rendezvous_address": found[0][1], "host_address": host} for host, _ in found]
 
     async def adopt(self, group: Group) -> bool:
         """Take the ranks that a controller before this one started under the group's ranks_term; whether all are there, each with a

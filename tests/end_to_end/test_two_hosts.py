@@ -39,3 +39,12 @@ def test_two_hosts_serve_together_and_one_goes_on_without_the_other(tmp_path: Pa
             assert Streams(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS).wait() == expected
             # Nobody tells the rank on the other side; it goes by itself when no plan comes.
             wait_for(lambda: not Path(f"/proc/{far_rank}").exists(), timeout_s=TIMEOUT_S)
+
+
+def test_a_group_on_two_hosts_draws_what_one_rank_draws(built_in: str, tmp_path: Path) -> None:
+    expected = Streams(built_in, num_streams=4, num_tokens=20).wait()
+    with TwoHosts(num_cpus=1) as hosts:
+        found = hosts.start(tmp_path, "--tensor-parallel-size", "2")
+        assert sorted(map(hosts.host_of, hosts.pids("-m quire.worker.rank_process"))) == ["head", "worker"]
+        address = hosts.gateway(tmp_path, found, on_worker=False)
+        assert Streams(address, num_streams=4, num_tokens=20).wait() == expected

@@ -154,7 +154,13 @@ class TwoHosts:
     def _spawn(self, command: list[str], output_path: Path, folder: Path) -> "subprocess.Popen[bytes]":
         with output_path.open("wb") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=self.environ, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=self.environ,
+                start_new_session=True,
             )
         self._processes.append(process)
         return process
