@@ -49,12 +49,17 @@ class RankActors:
         self._rank_resource = rank_resource
         self._actors: dict[str, list[Any]] = {}
         self._places: dict[str, PlacementGroup] = {}
-        self.placed: set[str] = set()  # groups whose place Ray has made
+        self.placed: dict[str, int] = {}  # groups whose place Ray has made, with their number of ranks
 
     def free_on_nodes(self) -> dict[str, float]:
-        """What each of Ray's nodes that can hold ranks has left for them, by node id. Asks Ray's store."""
-        nodes = available_resources_per_node()
-        return {node: float(free.get(self._rank_resource, 0.0)) for node, free in nodes.items() if HEAD_RESOURCE in free}
+        """What each of Ray's nodes that can hold ranks (the head, for now) has left for them, by node id. Asks Ray's store.
+
+        Ray tells with a delay what was taken; what we took ourselves is known.
+        """
+        taken = RANK_SHARE * sum(self.placed.values())
+        totals = {node["NodeID"]: float(node["Resources"].get(self._rank_resource, 0.0)) for node in ray.nodes() if node["Alive"]}
+        nodes = {node: free for node, free in available_resources_per_node().items() if HEAD_RESOURCE in free and node in totals}
+        return {node: min(float(free.get(self._rank_resource, 0.0)), totals[node] - taken) for node, free in nodes.items()}
 
     async def start(self, group: Group, children: Sequence[Child]) -> None:
         """Place the group's ranks together and start them.
@@ -74,7 +79,7 @@ class RankActors:
             raise Unavailable(text, reason="NO_PLACE") from None
         if self._places.get(group.group_id) is not place:
             raise Unavailable("its place was given back before it was used")
-        self.placed.add(group.group_id)
+        self.placed[group.group_id] = group.tensor_parallel_size
         # Ray hides GPUs from whoever asked for none.
         num_gpus = 1 if self._rank_resource == "GPU" else 0
         actors = []
@@ -107,7 +112,7 @@ class RankActors:
             return False
         self._actors[group.group_id] = actors
         self._places[group.group_id] = place
-        self.placed.add(group.group_id)
+        self.placed[group.group_id] = group.tensor_parallel_size
         return True
 
     async def first_end(self, group: Group) -> tuple[int, int | None] | None:
@@ -126,7 +131,7 @@ class RankActors:
         actors = self._actors.pop(group_id, [])
         await asyncio.gather(*(stop_child(actor, is_lost=is_lost) for actor in actors))
         place = self._places.pop(group_id, None)
-        self.placed.discard(group_id)
+        self.placed.pop(group_id, None)
         await asyncio.to_thread(_give_back, actors, [place] if place is not None else [])
 
     async def end_leftovers(self, group_id: str) -> None:
