@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     check_tokenizer(plan)
     stop = StopSignals()
     started_s = time.monotonic()
-    own_command = _own_command()
+    program = own_command()
     print(
         f"starting {plan.name} ({plan.folder.model_type}, {plan.dtype}, {plan.device}; {_kv_cache(plan)})",
         flush=True,
@@ -64,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
         address = cluster.start()
         if address:
             if ready_file:
-                write_json_atomically(ready_file, {"address": address})
+                write_json_atomically(ready_file, {"address": address, "metrics": cluster.metrics_addresses})
             print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
-            print(f'try:   {own_command} generate --address {address}{_client_flags(config)} "Once upon a time"', flush=True)
+            print(f"metrics: {', '.join(f'http://{at}/metrics ({who})' for who, at in cluster.metrics_addresses.items())}", flush=True)
+            print(f'try:   {program} generate --address {address}{client_flags(config)} "Once upon a time"', flush=True)
             cluster.run()
         print(f"stopping (streams get up to {config.drain_timeout_s:g} s to finish; Ctrl-C again ends them)", flush=True)
     return 0
@@ -85,7 +86,7 @@ def check_credentials(config: ServeConfig) -> None:
         Certificates(TlsFiles(Path(config.tls_cert).expanduser(), Path(config.tls_key).expanduser(), client_ca))
 
 
-def _client_flags(config: ServeConfig) -> str:
+def client_flags(config: ServeConfig) -> str:
     """What a client has to say besides the address."""
     tls = " --tls-ca CA.pem" if config.tls_cert is not None else ""
     own = " --tls-cert CLIENT.pem --tls-key CLIENT.key" if config.tls_client_ca is not None else ""
@@ -117,7 +118,7 @@ def check_tokenizer(plan: ModelPlan) -> None:
         load_served_model(served_model(plan, files, max_request_tokens=0), contents, templates)
 
 
-def _own_command() -> str:
+def own_command() -> str:
     """How the user can call this program: by its name if that finds it, else by its path from here."""
     program = Path(sys.argv[0]).absolute()
     if program.name != "quire":

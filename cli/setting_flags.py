@@ -28,7 +28,7 @@ def add_setting_arguments(parser: argparse.ArgumentParser, *, without: Collectio
         group = parser.add_argument_group("model" if cls is ModelConfig else "server")
         for setting in fields(cls):
             if setting.name not in ("model", "models", *without):
-                _add_setting(group, cls, setting.name, setting.default, setting.metadata)
+                add_setting(group, cls, setting.name, setting.default, setting.metadata)
 
 
 def read_settings(args: argparse.Namespace) -> ServeConfig:
@@ -41,7 +41,7 @@ def read_settings(args: argparse.Namespace) -> ServeConfig:
     return resolve_config(flags, file=_read_config_file(args.config))
 
 
-def _add_setting(group: Any, cls: type, name: str, default: Any, metadata: Any) -> None:
+def add_setting(group: Any, cls: type, name: str, default: Any, metadata: Any) -> None:
     """A flag for one setting. Its value stays text: `resolve_config` reads flags, environment and file by the same rules."""
     flag = f"--{name.replace('_', '-')}"
     shown = "" if default is None else f" (default: {str(default).lower() if isinstance(default, bool) else default})"

@@ -34,6 +34,11 @@ _SWAP_BYTES: Final = {"cpu": 2**28, "cuda": 2**32}
 # Of the numbers of ranks that heads can be split over, those up to here are worth naming.
 _MAX_NAMED_RANKS: Final = 64
 
+# More gateways than a machine has use for: each takes some 100 MiB, and a core when it is busy.
+MAX_GATEWAYS: Final = 64
+# Where metrics are served when nobody says. If that port is taken, by another cluster on this machine for one, a free one is.
+DEFAULT_METRICS_LISTEN: Final = {"gateway": "127.0.0.1:9400", "controller": "127.0.0.1:9401"}
+
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -79,6 +84,7 @@ class ServeConfig:
     """Everything that `quire serve` needs to know."""
 
     listen: str = _setting("127.0.0.1:50051", "address of the gRPC edge; port 0 takes a free one")
+    gateways: int = _setting(1, "gateway processes, which share the address; one that dies is started anew")
     insecure: bool = _setting(False, "allow an address that other hosts reach without TLS and tokens")
     token_file: str | None = _setting(
         None, "file of hashed tokens (`quire token new`), read again when it changes; not given: none are asked for"
@@ -91,6 +97,12 @@ class ServeConfig:
     request_timeout_s: float = _setting(600.0, "seconds that a request without a deadline may take")
     drain_timeout_s: float = _setting(30.0, "seconds that running streams get to finish after SIGTERM")
     start_timeout_s: float = _setting(600.0, "seconds until every group must be ready")
+    metrics_listen: str | None = _setting(
+        None, "address of the gateway's metrics and status page; 127.0.0.1:9400 when not given, or a free port if that is taken"
+    )
+    controller_metrics_listen: str | None = _setting(
+        None, "address of the controller's metrics, which are the scheduler's and the ranks' too; likewise with 9401"
+    )
     log_level: str = _setting("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     scheduler_journal: str | None = _setting(None, "file for everything that the scheduler is told and plans, for `quire debug replay`")
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
@@ -321,12 +333,15 @@ def _check_ranges(config: ServeConfig) -> None:
         "max_sequences": model.max_sequences,
         "max_batched_tokens": model.max_batched_tokens,
         "num_threads": model.num_threads,
+        "gateways": config.gateways,
         "max_waiting_requests": config.max_waiting_requests,
         "max_waiting_tokens": config.max_waiting_tokens,
     }
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if config.gateways > MAX_GATEWAYS:
+        raise ConfigError(f"gateways is {config.gateways}; one machine takes at most {MAX_GATEWAYS}")
     if model.block_size < 1 or model.block_size & (model.block_size - 1):
         raise ConfigError(f"block_size is {model.block_size}; it must be a power of two, such as 16")
     if model.gpu_blocks is not None and model.kv_cache_memory is not None:

@@ -1,7 +1,6 @@
-"""A whole cluster on this machine: a Ray of its own, the controller, and one gateway. What `quire serve` runs."""
+"""A whole cluster on this machine: a Ray of its own, the controller, and the gateways. What `quire serve` runs."""
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -18,10 +17,12 @@ from ray._private import ray_constants
 
 from quire.cluster.controller.actor_wait import ActorWait
 from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller, discovery_address
+from quire.cluster.controller.gateways import Gateways, gateway_spec
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.child_process import start_child, stop_child
 from quire.common.config import ModelPlan, ServeConfig
+from quire.common.curve import CLIENT_KEY, CurveKeys
 from quire.common.errors import Unavailable
 from quire.worker.rank_spec import make_rank_spec
 
@@ -55,9 +56,10 @@ class LocalCluster:
         (self.folder / "logs").mkdir()
         self._reaper = start_reaper(self.folder)
         self._controller: Any = None
-        self._gateway: subprocess.Popen[bytes] | None = None
+        self._gateways: Gateways | None = None
         self._compiler: subprocess.Popen[bytes] | None = None
         self._over: ActorWait
+        self.metrics_addresses: dict[str, str] = {}  # of the gateways and the controller, once they serve
 
     def __enter__(self) -> Self:
         return self
@@ -66,28 +68,22 @@ class LocalCluster:
         self.stop(keep_logs=error is not None)
 
     def start(self) -> str:
-        """Start everything and wait until it serves; the gateway's address. "" when a signal came meanwhile.
+        """Start everything and wait until it serves; the gateways' address. "" when a signal came meanwhile.
 
         Raises:
             QuireError: it cannot serve; the message says why and where the logs are.
         """
         deadline_s = time.monotonic() + self._config.start_timeout_s
-        # The gateway comes first and waits for the controller: its start costs nothing while Ray starts.
-        report = self.folder / "gateway.json"
-        self._gateway = start_child(
-            "quire.cluster.gateway.main",
-            {
-                "listen": self._config.listen,
-                "discovery_address": discovery_address(self.folder),
-                "request_timeout_s": self._config.request_timeout_s,
-                "drain_timeout_s": self._config.drain_timeout_s,
-                "log_level": self._config.log_level,
-                # Paths: what is secret stays in the files.
-                **{name: _absolute(getattr(self._config, name)) for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca")},
-                "report_path": str(report),
-            },
-            log_path=self.folder / "logs" / "gateway.log",
+        CurveKeys.of_folder(self.folder)  # before gateways, which read their part
+        # The gateways come first and wait for the controller: their start costs nothing while Ray starts.
+        self._gateways = Gateways(
+            gateway_spec(self._config, discovery_address(self.folder), cluster_key=str(self.folder / CLIENT_KEY)),
+            listen=self._config.listen,
+            count=self._config.gateways,
+            folder=self.folder,
+            logs=self._logs(),
         )
+        self._gateways.start()
         if self._plan.device == "cuda":
             self._compiler = self._start_compiler()
         self._stop.install()
@@ -102,13 +98,13 @@ class LocalCluster:
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
         self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource, discovery_address(self.folder))
         try:
-            ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
+            _, metrics_address = ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise Unavailable(self._explain(f"the controller could not start: {error}")) from error
         self._over = ActorWait(self._controller.wait_over)
         ready = ActorWait(self._controller.wait_ready)
         is_ready = False
-        while not (is_ready and report.exists()):
+        while not (is_ready and self._gateways.address):
             if self._stop.is_set():
                 return ""
             if time.monotonic() > deadline_s:
@@ -120,10 +116,8 @@ class LocalCluster:
                 is_ready = True
             elif is_ready:
                 time.sleep(POLL_S)
-        outcome = json.loads(report.read_text())
-        if "error" in outcome:
-            raise Unavailable(self._explain(f"the gateway cannot start: {outcome['error']}"))
-        return str(outcome["address"])
+        self.metrics_addresses = {**self._gateways.metrics_addresses, "controller": str(metrics_address)}
+        return self._gateways.address
 
     def run(self) -> None:
         """Wait for a signal.
@@ -138,8 +132,9 @@ class LocalCluster:
         """End everything, clients' streams first; at once if asked a second time. The folder goes too, unless something went
         wrong."""
         is_clean = not keep_logs
-        if self._gateway is not None:
-            is_clean = self._stop_gateway() and is_clean
+        if self._gateways is not None:
+            has_ended_well = self._gateways.stop(drain_timeout_s=self._config.drain_timeout_s, at_once=lambda: self._stop.count > 1)
+            is_clean = has_ended_well and is_clean
         if self._compiler is not None:
             stop_child(self._compiler)
         if self._controller is not None:
@@ -149,20 +144,6 @@ class LocalCluster:
         let_go(self._reaper)
         if is_clean:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _stop_gateway(self) -> bool:
-        """Let the gateway finish its streams; whether it ended as it should."""
-        assert self._gateway is not None
-        if self._gateway.poll() is None:
-            self._gateway.terminate()
-        deadline_s = time.monotonic() + self._config.drain_timeout_s + STOP_TIMEOUT_S
-        while self._gateway.poll() is None and time.monotonic() < deadline_s and self._stop.count < 2:
-            time.sleep(POLL_S)
-        if self._gateway.poll() is None:
-            self._gateway.kill()
-            self._gateway.wait()
-            return self._stop.count > 1
-        return self._gateway.returncode == 0
 
     def _stop_controller(self) -> None:
         """Have the controller end what it started. A SIGTERM to all our processes may have ended it before us, and Ray with it,
@@ -216,12 +197,11 @@ class LocalCluster:
             raise Unavailable(f"Ray could not start on this machine: {error}") from error
 
     def _raise_if_over(self) -> None:
-        assert self._gateway is not None
-        if self._gateway.poll() is not None:
-            report = self.folder / "gateway.json"
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                raise Unavailable(self._explain(f"the gateway cannot start: {json.loads(report.read_text())['error']}"))
-            raise Unavailable(self._explain(f"the gateway ended with code {self._gateway.returncode}"))
+        assert self._gateways is not None
+        try:
+            self._gateways.tend(time.monotonic())
+        except Unavailable as error:
+            raise Unavailable(self._explain(error.message)) from None
         if (code := _store_exit_code()) is not None:
             # Actors go on for a minute without it; then Ray would abort us and end them in disorder.
             raise Unavailable(self._explain(f"Ray's store (gcs_server) ended with code {code}, and nothing can be started any more"))
@@ -253,7 +233,3 @@ def num_visible_gpus() -> int:
     if named is not None:
         return len([name for name in named.split(",") if name.strip()])
     return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())
