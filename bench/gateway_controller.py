@@ -63,7 +63,7 @@ class StillController:
     def plan(self, model: str) -> ModelPlan:
         return self._plan
 
-    async def status(self) -> Status:
+    async def status(self, *, has_blocks: bool = False) -> Status:
         raise NotImplementedError("gateways ask discovery for no status")
 
     def drain(self, group_id: str) -> None:

@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "generate": ("quire.cli.generate", "continue a text"),
     "chat": ("quire.cli.chat", "talk with a model"),
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),
+    "top": ("quire.cli.top", "watch groups, queue and blocks of a running cluster live"),
     "drain": ("quire.cli.drain", "take a worker group out of service once it has finished"),
     "token": ("quire.cli.token", "make a token for a tenant of a cluster"),
     "bench": ("quire.cli.bench", "measure a running cluster, or its scheduler alone"),

@@ -44,7 +44,7 @@ class ClusterAdmin(cluster_pb2_grpc.ClusterServiceServicer):
     async def GetBlocks(self, request: cluster_pb2.GetBlocksRequest, context: Any) -> cluster_pb2.GetBlocksResponse:
         if request.HasField("group_id"):
             await self._find(request.group_id, context)
-        status = await self._status(context)
+        status = await self._status(context, has_blocks=True)
         return cluster_pb2.GetBlocksResponse(
             groups=[
                 cluster_pb2.GroupBlocks(
@@ -52,6 +52,8 @@ class ClusterAdmin(cluster_pb2_grpc.ClusterServiceServicer):
                     gpu_blocks=self._pool(gauges.group_id, gauges.gpu),
                     cpu_blocks=self._pool(gauges.group_id, gauges.cpu),
                     gpu_ref_counts=gauges.gpu_ref_counts,
+                    gpu_block_states=gauges.gpu_states,
+                    cpu_block_states=gauges.cpu_states,
                 )
                 for gauges in status.groups
                 if not request.HasField("group_id") or gauges.group_id == request.group_id
@@ -74,9 +76,9 @@ class ClusterAdmin(cluster_pb2_grpc.ClusterServiceServicer):
         assert group is not None, "abort raises"
         return group
 
-    async def _status(self, context: Any) -> Status:
+    async def _status(self, context: Any, *, has_blocks: bool = False) -> Status:
         try:
-            return await self._controller.status()
+            return await self._controller.status(has_blocks=has_blocks)
         except QuireError as error:
             await context.abort(*status_of(error))
             raise

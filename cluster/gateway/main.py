@@ -28,6 +28,7 @@ from quire.cluster.gateway.scheduler_link import DEFAULT_BOUNDS as DEFAULT_LINK_
 from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink
 from quire.cluster.gateway.server import CLUSTER_SERVICE, CONNECTION_GRACE_S, INFERENCE_SERVICE, MAX_CONNECTION_AGE_S, Server
 from quire.cluster.gateway.service import WRITE_STALL_TIMEOUT_S, InferenceService
+from quire.cluster.gateway.status_view import StatusView
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.cluster.gateway.tls import Certificates, TlsFiles
 from quire.cluster.gateway.tokens import TokenFile
@@ -130,7 +131,7 @@ class Gateway:
             max_connection_age_s=bounds.max_connection_age_s,
             connection_grace_s=bounds.connection_grace_s,
         )
-        self.pages = GatewayPages(self.metrics, gate=self.gate, health=self.health)
+        self.pages = GatewayPages(self.metrics, StatusView(self._channel), gate=self.gate, health=self.health)
         self.is_ready = asyncio.Event()  # set once: a model is known and the scheduler said Welcome
 
     async def start(self) -> str:
