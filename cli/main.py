@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),
     "top": ("quire.cli.top", "watch groups, queue and blocks of a running cluster live"),
     "drain": ("quire.cli.drain", "take a worker group out of service once it has finished"),
+    "doctor": ("quire.cli.doctor", "check whether this machine can serve, and say what to do where it cannot"),
     "token": ("quire.cli.token", "make a token for a tenant of a cluster"),
     "bench": ("quire.cli.bench", "measure a running cluster, or its scheduler alone"),
     "debug": ("quire.cli.debug", "look into what a cluster did"),

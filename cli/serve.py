@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serve a model over gRPC. Every setting below is also an environment variable (QUIRE_MAX_MODEL_LEN for --max-model-len) "
         "and a key of the config file; flags go before the environment, the environment before the file."
     )
+    add_settings(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the settings as resolved, as YAML, and exit")
+    parser.add_argument("--ready-file", metavar="FILE", help="write the address here, as JSON, once the cluster serves")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The model and all settings, of which `config_of` makes a config."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -36,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the model, or its id on the hub (organisation/name, perhaps with @revision); the built-in model when not given",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings; those of the model under `models:`, a list of one")
-    parser.add_argument("--print-config", action="store_true", help="print the settings as resolved, as YAML, and exit")
-    parser.add_argument("--ready-file", metavar="FILE", help="write the address here, as JSON, once the cluster serves")
     for cls in (ServeConfig, ModelConfig):
         group = parser.add_argument_group("model" if cls is ModelConfig else "server")
         for setting in fields(cls):
@@ -46,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    flags = {name: value for name, value in vars(args).items() if name in _SETTING_NAMES}
-    config = resolve_config(flags, file=_read_config_file(args.config))
+    config = config_of(args)
     plan = plan_model(config.models[0])
     if args.print_config:
         yaml.safe_dump(config_as_dict(config, plan), sys.stdout, sort_keys=False)
@@ -85,6 +89,16 @@ def run(args: argparse.Namespace) -> int:
             cluster.run()
         print(f"stopping (streams get up to {config.drain_timeout_s:g} s to finish; Ctrl-C again ends them)", flush=True)
     return 0
+
+
+def config_of(args: argparse.Namespace) -> ServeConfig:
+    """The settings as given by flags, environment and file.
+
+    Raises:
+        ConfigError: they cannot be read, or contradict each other.
+    """
+    flags = {name: value for name, value in vars(args).items() if name in _SETTING_NAMES}
+    return resolve_config(flags, file=_read_config_file(args.config))
 
 
 def check_credentials(config: ServeConfig) -> None:
