@@ -10,7 +10,6 @@ import grpc
 from quire.cluster.controller.discovery import Discovery, group_message, served_model, tokenizer_files
 from quire.cluster.controller.groups import Group, GroupState
 from quire.common.config import ModelPlan
-from quire.common.messages import Status
 from quire.internal.v1 import discovery_pb2
 from quire.internal.v1.discovery_pb2_grpc import add_DiscoveryServiceServicer_to_server
 
@@ -22,15 +21,13 @@ class StillController:
 
     def __init__(self, plan: ModelPlan, *, scheduler_address: str, address: str, max_request_tokens: int) -> None:
         """address: "unix:PATH" """
-        self._plan = plan
         self._files = tokenizer_files(plan)
-        self._group = Group(GROUP_ID, plan.name, 1, GroupState.READY)
         self._address = address
         self._table = discovery_pb2.WatchResponse(
             version=1,
             scheduler_address=scheduler_address,
             models=[served_model(plan, self._files, max_request_tokens=max_request_tokens)],
-            groups=[group_message(self._group)],
+            groups=[group_message(Group(GROUP_ID, plan.name, 1, GroupState.READY))],
         )
 
     async def __aenter__(self) -> Self:
@@ -53,18 +50,3 @@ class StillController:
 
     def file(self, sha256: str) -> Path | None:
         return next((file.path for file in self._files if file.sha256 == sha256), None)
-
-    def group(self, group_id: str) -> Group | None:
-        return self._group if group_id == GROUP_ID else None
-
-    def groups(self) -> list[Group]:
-        return [self._group]
-
-    def plan(self, model: str) -> ModelPlan:
-        return self._plan
-
-    async def status(self, *, has_blocks: bool = False) -> Status:
-        raise NotImplementedError("gateways ask discovery for no status")
-
-    def drain(self, group_id: str) -> None:
-        raise NotImplementedError("a benchmark drains no group")

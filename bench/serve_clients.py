@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -62,7 +63,8 @@ async def _run_clients(spec: LoadSpec, on_end: OnEnd) -> list[SentRequest]:
         children = []
         for process in range(spec.num_processes):
             child_spec = {"load": asdict(spec), "process": process, "socket_path": socket_path}
-            children.append(start_child("quire.bench.serve_child", child_spec))
+            api_key = {name: os.environ[name] for name in ("QUIRE_API_KEY",) if name in os.environ}  # they are clients
+            children.append(start_child("quire.bench.serve_child", child_spec, environ=api_key))
             exits.callback(stop_child, children[-1])
         waiting: list[asyncio.StreamWriter] = []
         sent: list[SentRequest] = []

@@ -8,7 +8,7 @@ from quire.cli import doctor_checks as checks
 from quire.cli import doctor_gpu_checks as gpu_checks
 from quire.cli.doctor_finding import Finding, Verdict
 from quire.cli.exit_codes import EXIT_FAILED
-from quire.cli.serve import add_settings, config_of
+from quire.cli.setting_flags import add_setting_arguments, read_settings
 from quire.common.config import ModelPlan, ServeConfig, plan_model
 from quire.common.errors import QuireError
 
@@ -19,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Check this machine for `quire serve` with the same settings: starts nothing, changes nothing. Exit code 1 if something is bad."
     )
-    add_settings(parser)
+    add_setting_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_of(args)
+    config = read_settings(args)
     num_bad = 0
     for finding in _findings(config):
         print(f"{_MARKS[finding.verdict]}  {finding.what}", flush=True)

@@ -2,18 +2,16 @@
 
 import argparse
 import time
-from typing import Final
 
 from quire.cli.connection import add_connection_arguments, connection_options
 from quire.cli.exit_codes import EXIT_FAILED
+from quire.cli.waiting import POLL_S, seconds
 from quire.client import Client, Group
-
-_POLL_S: Final = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("group", help="the group's id, as `quire status` shows it")
-    parser.add_argument("--wait", type=_seconds, metavar="SECONDS", help="wait so long for its end; exit code 1 if it runs on then")
+    parser.add_argument("--wait", type=seconds, metavar="SECONDS", help="wait so long for its end; exit code 1 if it runs on then")
     add_connection_arguments(parser)
 
 
@@ -28,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
             if time.monotonic() >= deadline_s:
                 print(_line(group))
                 return EXIT_FAILED
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
             group = next((each for each in client.cluster.groups() if each.group_id == args.group), group)
         print(_line(group))
     return 0
@@ -36,10 +34,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _line(group: Group) -> str:
     return f"{group.group_id}: {group.state}, {group.num_running_sequences} sequences run"
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} seconds is not from 0 to 1000000")
-    return seconds

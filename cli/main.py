@@ -18,11 +18,16 @@ from quire.common.errors import QuireError
 
 COMMANDS: Final = {
     "serve": ("quire.cli.serve", "start a cluster on this machine and serve a model"),
+    "controller": ("quire.cli.controller", "start a cluster on a Ray that is there already, without an edge"),
+    "gateway": ("quire.cli.gateway", "join a running cluster with more gateways"),
     "generate": ("quire.cli.generate", "continue a text"),
     "chat": ("quire.cli.chat", "talk with a model"),
     "status": ("quire.cli.status", "show groups, blocks and queue of a running cluster"),
     "top": ("quire.cli.top", "watch groups, queue and blocks of a running cluster live"),
+    "health": ("quire.cli.health", "ask whether a cluster serves"),
     "drain": ("quire.cli.drain", "take a worker group out of service once it has finished"),
+    "scale": ("quire.cli.scale", "give a model more worker groups, or fewer"),
+    "restart": ("quire.cli.restart", "restart worker groups, one after the other"),
     "doctor": ("quire.cli.doctor", "check whether this machine can serve, and say what to do where it cannot"),
     "token": ("quire.cli.token", "make a token for a tenant of a cluster"),
     "bench": ("quire.cli.bench", "measure a running cluster, or its scheduler alone"),

@@ -5,12 +5,11 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from quire.cli.setting_flags import add_setting_arguments, read_settings
 from quire.cluster.controller.discovery import served_model, tokenizer_files
 from quire.cluster.controller.listen_address import check_listen_address
 from quire.cluster.controller.ray_environment import prepare_local_ray
@@ -19,7 +18,7 @@ from quire.cluster.gateway.served_model import load_served_model
 from quire.cluster.gateway.template_processes import TemplateProcesses
 from quire.cluster.gateway.tls import Certificates, TlsFiles
 from quire.cluster.gateway.tokens import TokenFile
-from quire.common.config import ModelConfig, ModelPlan, ServeConfig, config_as_dict, plan_model, resolve_config, setting_type
+from quire.common.config import ModelPlan, ServeConfig, config_as_dict, plan_model
 from quire.common.errors import ConfigError
 from quire.common.files import write_json_atomically
 
@@ -29,29 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serve a model over gRPC. Every setting below is also an environment variable (QUIRE_MAX_MODEL_LEN for --max-model-len) "
         "and a key of the config file; flags go before the environment, the environment before the file."
     )
-    add_settings(parser)
+    add_setting_arguments(parser)
     parser.add_argument("--print-config", action="store_true", help="print the settings as resolved, as YAML, and exit")
     parser.add_argument("--ready-file", metavar="FILE", help="write the address here, as JSON, once the cluster serves")
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The model and all settings, of which `config_of` makes a config."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=argparse.SUPPRESS,
-        help="folder of the model, or its id on the hub (organisation/name, perhaps with @revision); the built-in model when not given",
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings; those of the model under `models:`, a list of one")
-    for cls in (ServeConfig, ModelConfig):
-        group = parser.add_argument_group("model" if cls is ModelConfig else "server")
-        for setting in fields(cls):
-            if setting.name not in ("model", "models"):
-                _add_setting(group, cls, setting.name, setting.default, setting.metadata)
-
-
 def run(args: argparse.Namespace) -> int:
-    config = config_of(args)
+    config = read_settings(args)
     plan = plan_model(config.models[0])
     if args.print_config:
         yaml.safe_dump(config_as_dict(config, plan), sys.stdout, sort_keys=False)
@@ -64,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     check_tokenizer(plan)
     stop = StopSignals()
     started_s = time.monotonic()
-    own_command = _own_command()
+    program = own_command()
     print(
         f"starting {plan.name} ({plan.folder.model_type}, {plan.dtype}, {plan.device}; {_kv_cache(plan)})",
         flush=True,
@@ -83,22 +66,12 @@ def run(args: argparse.Namespace) -> int:
             if ready_file:
                 write_json_atomically(ready_file, {"address": address, "metrics": cluster.metrics_addresses})
             print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
-            print(f"watch: http://{cluster.metrics_addresses['gateway']}/ in a browser, or {own_command} top", flush=True)
+            print(f"watch: http://{cluster.metrics_addresses['gateway']}/ in a browser, or {program} top", flush=True)
             print(f"metrics: {', '.join(f'http://{at}/metrics ({who})' for who, at in cluster.metrics_addresses.items())}", flush=True)
-            print(f'try:   {own_command} generate --address {address}{_client_flags(config)} "Once upon a time"', flush=True)
+            print(f'try:   {program} generate --address {address}{client_flags(config)} "Once upon a time"', flush=True)
             cluster.run()
         print(f"stopping (streams get up to {config.drain_timeout_s:g} s to finish; Ctrl-C again ends them)", flush=True)
     return 0
-
-
-def config_of(args: argparse.Namespace) -> ServeConfig:
-    """The settings as given by flags, environment and file.
-
-    Raises:
-        ConfigError: they cannot be read, or contradict each other.
-    """
-    flags = {name: value for name, value in vars(args).items() if name in _SETTING_NAMES}
-    return resolve_config(flags, file=_read_config_file(args.config))
 
 
 def check_credentials(config: ServeConfig) -> None:
@@ -114,7 +87,7 @@ def check_credentials(config: ServeConfig) -> None:
         Certificates(TlsFiles(Path(config.tls_cert).expanduser(), Path(config.tls_key).expanduser(), client_ca))
 
 
-def _client_flags(config: ServeConfig) -> str:
+def client_flags(config: ServeConfig) -> str:
     """What a client has to say besides the address."""
     tls = " --tls-ca CA.pem" if config.tls_cert is not None else ""
     own = " --tls-cert CLIENT.pem --tls-key CLIENT.key" if config.tls_client_ca is not None else ""
@@ -146,44 +119,10 @@ def check_tokenizer(plan: ModelPlan) -> None:
         load_served_model(served_model(plan, files, max_request_tokens=0), contents, templates)
 
 
-def _own_command() -> str:
+def own_command() -> str:
     """How the user can call this program: by its name if that finds it, else by its path from here."""
     program = Path(sys.argv[0]).absolute()
     if program.name != "quire":
         return f"{sys.executable} -m quire.cli.main"
     found = shutil.which("quire")
     return "quire" if found and Path(found).absolute() == program else os.path.relpath(program)
-
-
-_SETTING_NAMES = {setting.name for cls in (ServeConfig, ModelConfig) for setting in fields(cls)} - {"models"}
-
-
-def _add_setting(group: Any, cls: type, name: str, default: Any, metadata: Any) -> None:
-    """A flag for one setting. Its value stays text: `resolve_config` reads flags, environment and file by the same rules."""
-    flag = f"--{name.replace('_', '-')}"
-    shown = "" if default is None else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
-    kind, _ = setting_type(cls, name)
-    if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=metadata["help"] + shown)
-        return
-    metavar = (
-        "|".join(metadata["choices"]) if metadata["choices"] else "BYTES" if metadata["is_bytes"] else {int: "N", float: "S"}.get(kind)
-    )
-    group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=metadata["help"] + shown)
-
-
-def _read_config_file(path: str | None) -> dict[str, Any]:
-    path = path or os.environ.get("QUIRE_CONFIG")
-    if path is None:
-        return {}
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the config file {path} is not YAML: {str(error).splitlines()[0]}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"the config file {path} must hold a mapping of settings")
-    return values

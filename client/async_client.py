@@ -193,7 +193,7 @@ class AsyncClusterCalls:
 
     async def groups(self) -> tuple[Group, ...]:
         """The worker groups, by id."""
-        return wire.groups(await self._client._call(self._stub.ListGroups, cluster_pb2.ListGroupsRequest()))
+        return wire.groups((await self._client._call(self._stub.ListGroups, cluster_pb2.ListGroupsRequest())).groups)
 
     async def queue(self) -> Queue:
         """What waits for a group, and what runs."""
@@ -214,6 +214,27 @@ class AsyncClusterCalls:
             NotFound: there is no such group.
         """
         return wire.group((await self._client._call(self._stub.DrainGroup, cluster_pb2.DrainGroupRequest(group_id=group_id))).group)
+
+    async def scale(self, model: str, num_groups: int) -> tuple[Group, ...]:
+        """Give a model so many groups: new ones start, or the newest drain and are removed. Returns its groups at once; watch them.
+
+        Raises:
+            NotFound: there is no such model.
+            ConfigError: there is no place for so many; the message has the arithmetic.
+        """
+        request = cluster_pb2.ScaleModelRequest(model=model, group_count=num_groups)
+        return wire.groups((await self._client._call(self._stub.ScaleModel, request)).groups)
+
+    async def restart(self, *, group_id: str | None = None, model: str | None = None) -> tuple[Group, ...]:
+        """Restart one group, or all of a model, one after the other: each drains, and is ready again before the next begins. Returns
+        at once those whose turn will come; watch them.
+
+        Raises:
+            NotFound: there is no such group or model.
+            ConfigError: none of them runs.
+        """
+        request = wire.restart_request(group_id, model)
+        return wire.groups((await self._client._call(self._stub.RestartGroups, request)).groups)
 
     @property
     def _stub(self) -> "cluster_pb2_grpc.ClusterServiceAsyncStub":

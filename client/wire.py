@@ -6,7 +6,7 @@ found by its option's name in the message descriptors, so that the options are l
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from google.protobuf import duration_pb2
@@ -277,8 +277,20 @@ def tokenized_prompt(response: inference_pb2.TokenizeResponse) -> TokenizedPromp
     return TokenizedPrompt(token_ids=tuple(response.token_ids), rendered=response.rendered if response.HasField("rendered") else None)
 
 
-def groups(response: cluster_pb2.ListGroupsResponse) -> tuple[Group, ...]:
-    return tuple(group(message) for message in response.groups)
+def groups(messages: Iterable[cluster_pb2.Group]) -> tuple[Group, ...]:
+    return tuple(map(group, messages))
+
+
+def restart_request(group_id: str | None, model: str | None) -> cluster_pb2.RestartGroupsRequest:
+    """
+    Raises:
+        InvalidRequest: not one of the two is named.
+    """
+    if group_id is not None and model is None:
+        return cluster_pb2.RestartGroupsRequest(group_id=group_id)
+    if model is not None and group_id is None:
+        return cluster_pb2.RestartGroupsRequest(model=model)
+    raise InvalidRequest("restart takes a group_id or a model, one of the two", reason="NO_RESTART_TARGET")
 
 
 def group(message: cluster_pb2.Group) -> Group:

@@ -19,6 +19,13 @@ from typing import Any, Final
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 # How often a child looks for its parent where the kernel cannot tell it (anything but Linux).
 PARENT_POLL_S: Final = 1.0
+# Variables that a child gets only when it is told to. What is theirs to know comes in the specification, which shows nowhere.
+SECRET_VARIABLES: Final = (
+    "QUIRE_API_KEY",  # of clients
+    "HF_TOKEN",  # for fetching models, which is done before children start
+    "HUGGING_FACE_HUB_TOKEN",
+    "RAY_AUTH_TOKEN",  # who has it can start anything at Ray
+)
 # How long a child may take between SIGTERM and SIGKILL.
 STOP_TIMEOUT_S: Final = 10.0
 
@@ -28,7 +35,7 @@ def start_child(
 ) -> subprocess.Popen[bytes]:
     """Run `python -m module` with `spec` as its specification. Its output is appended to `log_path`, else goes where ours goes.
 
-    environ: variables that it has beside ours, or instead of ours
+    environ: variables that it has beside ours, or instead of ours; ours that are secret it has not
 
     The specification travels through the child's standard input, so nothing of it shows in process lists. The child starts
     in / and with Python's safe path (-P): a folder of the caller's named `kernels` or `proto` must not be importable there.
@@ -43,7 +50,7 @@ def start_child(
         stdout=output,
         stderr=output,
         cwd="/",
-        env={**os.environ, **environ} if environ else None,
+        env={**public_environment(), **(environ or {})},
         start_new_session=True,  # a Ctrl-C at the terminal reaches `quire serve` alone, which then stops the others in order
     )
     if output is not None:
@@ -52,6 +59,11 @@ def start_child(
     with child.stdin as pipe, contextlib.suppress(BrokenPipeError):  # it died at once: the caller sees its exit code
         pipe.write(json.dumps({"parent_pid": os.getpid(), "spec": dict(spec)}).encode())
     return child
+
+
+def public_environment() -> dict[str, str]:
+    """Our environment without what is secret."""
+    return {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
 
 
 def enter_child() -> dict[str, Any]:

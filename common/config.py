@@ -34,6 +34,8 @@ _SWAP_BYTES: Final = {"cpu": 2**28, "cuda": 2**32}
 # Of the numbers of ranks that heads can be split over, those up to here are worth naming.
 _MAX_NAMED_RANKS: Final = 64
 
+# More gateways than a machine has use for: each takes some 100 MiB, and a core when it is busy.
+MAX_GATEWAYS: Final = 64
 # Where metrics are served when nobody says. If that port is taken, by another cluster on this machine for one, a free one is.
 DEFAULT_METRICS_LISTEN: Final = {"gateway": "127.0.0.1:9400", "controller": "127.0.0.1:9401"}
 
@@ -82,6 +84,7 @@ class ServeConfig:
     """Everything that `quire serve` needs to know."""
 
     listen: str = _setting("127.0.0.1:50051", "address of the gRPC edge; port 0 takes a free one")
+    gateways: int = _setting(1, "gateway processes, which share the address; one that dies is started anew")
     insecure: bool = _setting(False, "allow an address that other hosts reach without TLS and tokens")
     token_file: str | None = _setting(
         None, "file of hashed tokens (`quire token new`), read again when it changes; not given: none are asked for"
@@ -330,12 +333,15 @@ def _check_ranges(config: ServeConfig) -> None:
         "max_sequences": model.max_sequences,
         "max_batched_tokens": model.max_batched_tokens,
         "num_threads": model.num_threads,
+        "gateways": config.gateways,
         "max_waiting_requests": config.max_waiting_requests,
         "max_waiting_tokens": config.max_waiting_tokens,
     }
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if config.gateways > MAX_GATEWAYS:
+        raise ConfigError(f"gateways is {config.gateways}; one machine takes at most {MAX_GATEWAYS}")
     if model.block_size < 1 or model.block_size & (model.block_size - 1):
         raise ConfigError(f"block_size is {model.block_size}; it must be a power of two, such as 16")
     if model.gpu_blocks is not None and model.kv_cache_memory is not None:

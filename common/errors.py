@@ -1,7 +1,7 @@
 """The one tree of errors that callers and load can meet, on both sides of the wire.
 
     QuireError
-      ConfigError          a setting or a model folder that cannot work; found before anything starts
+      ConfigError          FAILED_PRECONDITION  a setting, a folder or a wish that cannot work; found before anything starts
       InvalidRequest       INVALID_ARGUMENT     a request that can never be served as it is
       NotSupported         UNIMPLEMENTED        a field or call that no code honours yet, by name
       Unauthenticated      UNAUTHENTICATED      a call without a token that the server knows
@@ -137,6 +137,7 @@ ERROR_DOMAIN: Final = "quire.dev"
 ERROR_BY_CODE: Final[Mapping[int, type[QuireError]]] = {
     int(error.code): error
     for error in (
+        ConfigError,
         InvalidRequest,
         NotSupported,
         Unauthenticated,

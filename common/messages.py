@@ -459,6 +459,7 @@ class DrainGroup(_Message, frozen=True):
 
     group_id: str
     term: int
+    comes_back: bool = False  # it will be restarted: what no other group takes may wait for it
 
 
 class StatusRequest(_Message, frozen=True):

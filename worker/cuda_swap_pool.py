@@ -32,10 +32,11 @@ class CudaSwapPool:
 
     # Invariant: a copy id is in at most one of _running, _done and _failed.
 
-    def __init__(self, kv_cache: KvCache, *, num_blocks: int) -> None:
+    def __init__(self, kv_cache: KvCache, *, num_blocks: int, slabs: Sequence[Tensor] | None = None) -> None:
+        """slabs: from pin_slabs() for so many blocks; pinned here if None"""
         self._device_blocks = kv_cache.blocks
-        self._slab_blocks = max(1, SLAB_BYTES // kv_cache.block_bytes)
-        self._slabs = _pin(kv_cache, num_blocks=num_blocks, slab_blocks=self._slab_blocks)
+        self._slab_blocks = _slab_blocks(kv_cache)
+        self._slabs = pin_slabs(kv_cache, num_blocks=num_blocks) if slabs is None else slabs
         self.num_blocks = sum(len(slab) for slab in self._slabs)
         device = kv_cache.blocks.device
         self._in = torch.cuda.Stream(device)
@@ -136,8 +137,14 @@ class CudaSwapPool:
             new.add(copy_id)
 
 
-def _pin(kv_cache: KvCache, *, num_blocks: int, slab_blocks: int) -> list[Tensor]:
-    """Pinned blocks, slab by slab, each slab [n, ...] of the device pool's layout; fewer than asked for if the host has no more."""
+def pin_slabs(kv_cache: KvCache, *, num_blocks: int) -> list[Tensor]:
+    """Pinned blocks, slab by slab, each slab [n, ...] of the device pool's layout; fewer than asked for if the host has no more.
+
+    Takes a second for 2 GiB, without holding the interpreter: for a thread of its own. No CUDA graph may be captured meanwhile.
+
+    kv_cache: of the layout; its number of blocks does not matter
+    """
+    slab_blocks = _slab_blocks(kv_cache)
     slabs: list[Tensor] = []
     num_pinned = 0
     while num_pinned < num_blocks:
@@ -153,6 +160,10 @@ def _pin(kv_cache: KvCache, *, num_blocks: int, slab_blocks: int) -> list[Tensor
             break
         num_pinned += count
     return slabs
+
+
+def _slab_blocks(kv_cache: KvCache) -> int:
+    return max(1, SLAB_BYTES // kv_cache.block_bytes)
 
 
 def _too_little(num_bytes: int) -> str:

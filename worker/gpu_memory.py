@@ -11,7 +11,7 @@ MARGIN_BYTES: Final = 2**30
 STEP_MARGIN: Final = 0.25
 # What CUDA graphs take, which are captured once the pool is there: 1.1 GiB with Llama 3 8B's shape, 0.5 GiB with Qwen3 0.6B's
 # (NVIDIA H100 80GB HBM3, 92 graphs, 2026-11-25).
-GRAPH_BYTES: Final = 5 * 2**28
+_GRAPH_BYTES: Final = 5 * 2**28
 
 _GIB: Final = 2**30
 _DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,6 +32,14 @@ def _num_parameters(folder: ModelFolder) -> int:
     from quire.worker.models.dummy_weights import count_built_parameters  # imports transformers
 
     return count_built_parameters(folder)
+
+
+def graph_bytes(*, step_bytes: int, max_tokens: int, largest_graph: int) -> int:
+    """What CUDA graphs will take: those of large steps hold the activations of the largest of them, beside those of steps without.
+
+    step_bytes: what a step of max_tokens takes
+    """
+    return _GRAPH_BYTES + step_bytes * largest_graph // max_tokens
 
 
 def check_gpu_holds(*, num_blocks: int | None, block_bytes: int, weight_bytes: int, free_bytes: int) -> None:

@@ -19,6 +19,7 @@ from quire.kernels.paged_prefill import paged_prefill
 from quire.kernels.prepare_inputs import StepTokens, append_tokens, prepare_inputs
 from quire.kernels.sample import sample
 from quire.worker.batch import Batch, RowIds
+from quire.worker.graph_sizes import decode_sizes, launch_bound_tokens, max_chunks, mixed_sizes, warmed
 from quire.worker.kernel_attention import HeadShape
 from quire.worker.kv_cache import KvCache
 from quire.worker.logprobs import PromptLogprobs, prompt_spans
@@ -28,13 +29,7 @@ from quire.worker.static_step import StaticStep, StepLayout, lay_out
 
 _log = logging.getLogger(__name__)
 
-KINDS: Final = ("mixed", "decode", "logits", "draw")
-# Sizes of steps that decode alone: each row of padding costs its share of the products.
-_DECODE_SIZES: Final = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 1025, 32))
-# Sizes of steps with chunks, in tokens. From there on launching takes less time than computing.
-_MIXED_SIZES: Final = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-# Chunks of such a step: each may add a piece of attention that is not full.
-_MAX_MIXED_CHUNKS: Final = 16
+KINDS: Final = ("dense", "mixed", "decode", "logits", "draw")
 
 
 class GraphedDraw:
@@ -83,8 +78,10 @@ class GraphedSteps:
         self._logits = torch.zeros((max_rows, model.vocab_size), dtype=dtype, device=device)
         self._drawn = torch.zeros((2, max_rows), dtype=torch.int64, device=device)
         self._free_host: list[Tensor] = []  # pinned buffers like _drawn that nobody will read any more
-        self._decode_sizes = [size for size in _DECODE_SIZES if size < max_rows] + [max_rows]
-        self._mixed_sizes = [size for size in _MIXED_SIZES if size <= max_tokens]
+        self._decode_sizes = decode_sizes(max_rows)
+        bound = launch_bound_tokens(layer_parameters=model.layer_parameters) if batch.tokens.is_cuda else 0
+        self._mixed_sizes = mixed_sizes(max_tokens, launch_bound_tokens=bound)
+        self._dense_sizes = self._dense_graph_sizes(launch_bound_tokens=bound)
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._steady: RowIds | None = None  # the rows of the step before, if it only decoded: its inputs are still in place
         self._steady_size = 0
@@ -127,15 +124,20 @@ class GraphedSteps:
             self._step.fill(layout, num_padded=size, places=places, sample_rows=sampled)
             self._run_layers_of_decodes(size)
             return
-        sizes = self._mixed_sizes if len(layout.longer) <= _MAX_MIXED_CHUNKS else []
-        mixed = next((size for size in sizes if size >= num_tokens), None)
-        dense = self._dense_chunks(layout) if mixed is None else {}
-        num_pieces = self._step.fill(layout, num_padded=mixed or num_tokens, places=places, sample_rows=sampled, dense_rows=dense)
-        if mixed is not None:
+        dense = self._dense_chunks(layout)
+        alone = next((size for size in self._dense_sizes if size >= num_tokens), None)
+        if alone is not None and list(dense.values()) == [(0, num_tokens)]:
+            self._step.fill(layout, num_padded=alone, places=places, sample_rows=sampled, dense_rows=dense)
+            self._launch(("dense", alone), lambda: self._dense_layers(alone))
+            return
+        mixed = next((size for size in self._mixed_sizes if size >= num_tokens), None)
+        if mixed is not None and len(layout.longer) <= max_chunks(mixed):
+            self._step.fill(layout, num_padded=mixed, places=places, sample_rows=sampled)
             self._launch(("mixed", mixed), lambda: self._mixed_layers(mixed))
-        else:
-            num_decodes = self._batch.max_rows if len(layout.decodes) else 0
-            self._layers(num_tokens, num_pieces=num_pieces, num_decodes=num_decodes, has_chunks=True, dense=tuple(dense.values()))
+            return
+        num_pieces = self._step.fill(layout, num_padded=num_tokens, places=places, sample_rows=sampled, dense_rows=dense)
+        num_decodes = self._batch.max_rows if len(layout.decodes) else 0
+        self._layers(num_tokens, num_pieces=num_pieces, num_decodes=num_decodes, has_chunks=True, dense=tuple(dense.values()))
 
     def _dense_chunks(self, layout: StepLayout) -> dict[int, tuple[int, int]]:
         """Long prompts that begin in this step: by row where their tokens begin, and their number."""
@@ -153,8 +155,12 @@ class GraphedSteps:
         self._launch(("decode", size), lambda: self._layers(size, num_pieces=0, num_decodes=size))
 
     def _mixed_layers(self, size: int) -> None:
-        num_pieces = self._step.pieces_of(size, num_chunks=_MAX_MIXED_CHUNKS)
+        num_pieces = self._step.pieces_of(size, num_chunks=max_chunks(size))
         self._layers(size, num_pieces=num_pieces, num_decodes=self._batch.max_rows, has_chunks=True)
+
+    def _dense_layers(self, size: int) -> None:
+        """One prompt that begins here, and nothing else. Padding lies behind it, where none of its tokens looks."""
+        self._layers(size, num_pieces=0, num_decodes=0, has_chunks=True, dense=((0, size),))
 
     def _layers(
         self,
@@ -163,7 +169,7 @@ class GraphedSteps:
         num_pieces: int,
         num_decodes: int,
         has_chunks: bool = False,
-        dense: Sequence[tuple[int, int]] = (),
+        dense: tuple[tuple[int, int], ...] = (),
     ) -> None:
         """Everything up to the last hidden states of `num_tokens` tokens.
 
@@ -180,6 +186,8 @@ class GraphedSteps:
             plan_decode(plan, batch.lengths, rows)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: Tensor) -> Tensor:
+            if dense == ((0, num_tokens),) and num_tokens == dense_attention.padded_size(num_tokens):
+                return dense_attention.dense_attention(query, key, value, scale=model.scale).contiguous()
             output = torch.empty((num_tokens, *query.shape[1:]), dtype=query.dtype, device=query.device)
             for first, count in dense:
                 end = first + dense_attention.padded_size(count)
@@ -246,20 +254,22 @@ class GraphedSteps:
     def capture(self) -> None:
         """Compile every kernel and capture every graph. For an idle batch: its rows and the cache's contents are not touched."""
         started_s = time.perf_counter()
+        self._plan_dense_attention()
         works = self._works()
+        sizes = {kind: warmed([size for of_kind, size in works if of_kind == kind]) for kind in KINDS}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for key, work in works.items():
-                work()  # what a first launch compiles or sets up must not happen while capturing
+                if key[1] in sizes[key[0]]:
+                    work()  # what a first launch compiles or sets up must not happen while capturing
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool)
                 work()
                 graph.capture_end()
                 self._graphs[key] = graph
         torch.cuda.current_stream().wait_stream(stream)
-        self._plan_dense_attention()
         torch.cuda.synchronize()
         _log.info("captured %d graphs in %.2f s", len(works), time.perf_counter() - started_s)
 
@@ -268,12 +278,16 @@ class GraphedSteps:
         for (of_kind, _), work in self._works().items():
             if of_kind == kind:
                 work()
+        if kind == "dense" and self._has_dense and len(self._hidden) >= dense_attention.MIN_TOKENS:
+            self._dense_layers(dense_attention.MIN_TOKENS)
 
     def _works(self) -> dict[tuple[str, int], Callable[[], None]]:
         """What graphs are made of, by kind and size; every row is padding. Largest first: the others then find their memory in
         what the largest has left."""
         self._step.fill(StepLayout((), np.zeros(0, np.int64), (), 0), num_padded=0, places=(), sample_rows=())
         works: dict[tuple[str, int], Callable[[], None]] = {}
+        for size in reversed(self._dense_sizes):
+            works["dense", size] = partial(self._dense_layers, size)
         for size in reversed(self._mixed_sizes):
             works["mixed", size] = partial(self._mixed_layers, size)
         for size in reversed(self._decode_sizes):
@@ -281,6 +295,13 @@ class GraphedSteps:
             works["logits", size] = partial(self._compute_logits, size)
             works["draw", size] = partial(self._draw, size)
         return works
+
+    def _dense_graph_sizes(self, *, launch_bound_tokens: int) -> list[int]:
+        """Sizes of single prompts, ascending."""
+        if not self._has_dense:
+            return []
+        first, step = dense_attention.padded_size(dense_attention.MIN_TOKENS), dense_attention.SIZE_STEP
+        return list(range(first, min(len(self._hidden), self._batch.tokens.shape[1], launch_bound_tokens) + 1, step))
 
     def _plan_dense_attention(self) -> None:
         """Let cuDNN plan every size that it may be asked for."""

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
+from quire.common.curve import CurveKeys, keys_for, secure_client
 from quire.common.errors import InternalError
 from quire.common.messages import RankHello, StepAck, StepPlan, decode_rank_down, encode
 from quire.worker.launched_step import LaunchedStep
@@ -63,6 +64,9 @@ class RankLoop:
         link.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
         link.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
         link.setsockopt(zmq.LINGER, int(LINGER_S * 1000))
+        keys = keys_for(self._spec.scheduler_address, CurveKeys(**self._spec.curve) if self._spec.curve is not None else None)
+        if keys is not None:
+            secure_client(link, keys)
         monitor = link.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         link.connect(self._spec.scheduler_address)
         try:

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
 from quire.common.model_folder import ModelFolder, read_model_folder
-from quire.worker.gpu_memory import GRAPH_BYTES, MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, weight_bytes
+from quire.worker.gpu_memory import MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, graph_bytes, weight_bytes
 from quire.worker.host_memory import available_memory_bytes, check_pool_fits
 from quire.worker.rank_spec import RankSpec
 
@@ -77,6 +78,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
     torch.set_grad_enabled(False)
     end_phase("torch")
     from quire.worker.collectives import Collective, connect
+    from quire.worker.cuda_swap_pool import pin_slabs
     from quire.worker.graphed_steps import GraphedSteps
     from quire.worker.kv_cache import KvCache
     from quire.worker.models.llama import LlamaModel
@@ -87,7 +89,13 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
     end_phase("imports")
     compiling = _compile_ahead(spec, folder)
     if spec.device == "cuda":
-        _check_gpu(spec, folder, block_bytes)
+        try:
+            _check_gpu(spec, folder, block_bytes)
+        except ConfigError:
+            if compiling is None or compiling.is_done:
+                raise
+            compiling.wait()  # it may be they who take what is missing
+            _check_gpu(spec, folder, block_bytes)
     if compiling is not None:
         compiling.begin()
     collective: Collective | None = None
@@ -114,17 +122,28 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
         compiling.wait()
         end_phase("kernels")
     _check_host_memory(spec, block_bytes)  # once more: the weights are in memory now
-    num_gpu_blocks = _num_gpu_blocks(spec, model, block_bytes) if spec.device == "cuda" else spec.num_gpu_blocks
-    assert num_gpu_blocks is not None, "a pool of free memory is for GPUs"
-    kv_cache = KvCache(
-        num_blocks=num_gpu_blocks,
-        num_layers=folder.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        block_size=spec.block_size,
-        head_dim=folder.head_dim,
-        dtype=DTYPES[spec.dtype],
-        device=spec.device,
-    )
+
+    def make_kv_cache(num_blocks: int) -> KvCache:
+        return KvCache(
+            num_blocks=num_blocks,
+            num_layers=folder.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            block_size=spec.block_size,
+            head_dim=folder.head_dim,
+            dtype=DTYPES[spec.dtype],
+            device=spec.device,
+        )
+
+    slabs = None
+    if spec.device == "cuda":
+        with ThreadPoolExecutor(1) as beside:
+            pinning = beside.submit(pin_slabs, make_kv_cache(1), num_blocks=spec.num_cpu_blocks)
+            num_gpu_blocks = _num_gpu_blocks(spec, model, block_bytes)
+            slabs = pinning.result()
+    else:
+        assert spec.num_gpu_blocks is not None, "a pool of free memory is for GPUs"
+        num_gpu_blocks = spec.num_gpu_blocks
+    kv_cache = make_kv_cache(num_gpu_blocks)
     assert kv_cache.block_bytes == block_bytes, (kv_cache.block_bytes, block_bytes)
     runner = Runner(
         model,
@@ -135,6 +154,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
         max_batched_tokens=spec.max_batched_tokens,
         device=spec.device,
         num_cpu_blocks=spec.num_cpu_blocks,
+        slabs=slabs,
     )
     end_phase("pool")
     if spec.device == "cuda" and isinstance(runner.steps, GraphedSteps):
@@ -179,19 +199,11 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
 
 
 def _compile_ahead(spec: RankSpec, folder: ModelFolder) -> "CompileAhead | None":
-    """Begin to compile the kernels of a native model; None where there are none."""
-    from quire.worker.models.llama import read_llama_config
-    from quire.worker.models.load_model import DTYPES
-
-    if spec.device != "cuda" or spec.model_backend == "transformers" or not Path("/dev/nvidiactl").exists():
+    if spec.device != "cuda":
         return None
-    try:
-        read_llama_config(folder)
-    except ConfigError:
-        return None
-    from quire.worker.compile_ahead import CompileAhead
+    from quire.worker.compile_ahead import compile_ahead  # imports Triton
 
-    return CompileAhead(spec, folder, dtype=DTYPES[spec.dtype])
+    return compile_ahead(spec, folder)
 
 
 def _check_host_memory(spec: RankSpec, block_bytes: int) -> None:
@@ -224,6 +236,7 @@ def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel | LlamaModel", blo
     """As many KV blocks as told, else those that the GPU has room for behind the weights, the largest step and a margin."""
     import torch
 
+    from quire.worker.graph_sizes import launch_bound_tokens, mixed_sizes
     from quire.worker.models.llama import LlamaModel
     from quire.worker.models.load_model import DTYPES
     from quire.worker.warm_up import measure_step_bytes
@@ -239,7 +252,9 @@ def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel | LlamaModel", blo
     )
     torch.cuda.empty_cache()
     if isinstance(model, LlamaModel):
-        step_bytes += GRAPH_BYTES
+        bound = launch_bound_tokens(layer_parameters=model.layer_parameters)
+        largest = max(mixed_sizes(spec.max_batched_tokens, launch_bound_tokens=bound), default=0)
+        step_bytes += graph_bytes(step_bytes=step_bytes, max_tokens=spec.max_batched_tokens, largest_graph=largest)
     free_bytes, all_bytes = torch.cuda.mem_get_info(spec.device)
     if spec.num_gpu_blocks is not None:
         check_step_fits(num_blocks=spec.num_gpu_blocks, free_bytes=free_bytes, step_bytes=step_bytes, block_bytes=block_bytes)

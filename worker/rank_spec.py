@@ -1,6 +1,6 @@
 """What a rank is told when it starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from quire.common.config import ModelPlan
@@ -31,6 +31,7 @@ class RankSpec:
     rendezvous_path: str = ""  # file at which the ranks of the group meet, new for each term; "" for a group of one
     dummy_weights: bool = False  # random weights of the right shapes instead of the folder's
     model_backend: str = "auto"  # auto, native or transformers
+    curve: dict[str, str] | None = field(default=None, repr=False)  # CurveKeys of clients, if the scheduler's address is TCP
 
     @property
     def name(self) -> str:
@@ -39,7 +40,16 @@ class RankSpec:
 
 
 def make_rank_spec(
-    plan: ModelPlan, *, group_id: str, term: int, rank: int, scheduler_address: str, rank_lease_s: float, log_level: str, folder: Path
+    plan: ModelPlan,
+    *,
+    group_id: str,
+    term: int,
+    rank: int,
+    scheduler_address: str,
+    rank_lease_s: float,
+    log_level: str,
+    folder: Path,
+    curve: dict[str, str] | None = None,
 ) -> RankSpec:
     """The specification of one rank of a group that runs by `plan`. The ranks' files go to `folder`, which they share."""
     return RankSpec(
@@ -64,4 +74,5 @@ def make_rank_spec(
         rendezvous_path=str(folder / f"{group_id}-{term}.rendezvous") if plan.tensor_parallel_size > 1 else "",
         dummy_weights=plan.dummy_weights,
         model_backend=plan.model_backend,
+        curve=curve,
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from quire.common.errors import InternalError, NotSupported
 from quire.common.messages import StepAck, StepPlan, StepResult
@@ -40,12 +41,19 @@ class Runner:
         device: str,
         max_batched_tokens: int = 0,
         num_cpu_blocks: int = 0,
+        slabs: Sequence[Tensor] | None = None,
     ) -> None:
-        """max_batched_tokens: of a step; 0 for as many as a row can hold"""
+        """
+        max_batched_tokens: of a step; 0 for as many as a row can hold
+        slabs:              memory of the swap pool, on a GPU, where it is pinned already
+        """
         self.model = model
         self.kv_cache = kv_cache
-        pool = CudaSwapPool if kv_cache.blocks.is_cuda else SwapPool
-        self.swap_pool: CudaSwapPool | SwapPool = pool(kv_cache, num_blocks=num_cpu_blocks)
+        self.swap_pool: CudaSwapPool | SwapPool
+        if kv_cache.blocks.is_cuda:
+            self.swap_pool = CudaSwapPool(kv_cache, num_blocks=num_cpu_blocks, slabs=slabs)
+        else:
+            self.swap_pool = SwapPool(kv_cache, num_blocks=num_cpu_blocks)
         self.batch = Batch(
             max_rows=max_rows,
             max_tokens_per_row=max_model_len,

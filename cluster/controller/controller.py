@@ -15,31 +15,34 @@ import grpc
 import ray
 import zmq
 import zmq.asyncio
-from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from quire.cluster.controller.cluster_admin import ClusterAdmin
+from quire.cluster.controller.desired_state import DesiredState, drop_state, load_state, save_state
 from quire.cluster.controller.discovery import Discovery, TokenizerFile, group_message, served_model, tokenizer_files
 from quire.cluster.controller.groups import (
     MAX_RESTARTS_IN_A_ROW,
     STEADY_S,
     Action,
+    AfterDrain,
     DrainAtScheduler,
     Group,
     GroupState,
-    GroupTable,
     RankInfo,
     Reattach,
     RestartRanks,
+    StartRanks,
     StopRanks,
     restart_pause_s,
 )
 from quire.cluster.controller.metrics import ControllerMetrics
-from quire.cluster.controller.process_actor import ProcessActor
+from quire.cluster.controller.placement import placement_refusal
+from quire.cluster.controller.rank_actors import HEAD_RESOURCE, HEAD_SHARE, Child, RankActors, stop_child
+from quire.cluster.controller.scheduler_actor import find_scheduler, start_scheduler
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.clock import monotonic
 from quire.common.config import DEFAULT_METRICS_LISTEN, ModelPlan, ServeConfig
+from quire.common.curve import CurveKeys, keys_for, secure_client
 from quire.common.errors import Unavailable
 from quire.common.http_pages import HttpPages
 from quire.common.messages import (
@@ -68,12 +71,18 @@ RANK_LEASE_S: Final = 15.0
 MIN_STEP_TIMEOUT_S: Final = {"cpu": 10.0, "cuda": 3.0}
 # How long the scheduler may take to answer a question for gauges.
 STATUS_TIMEOUT_S: Final = 5.0
-# How long Ray may take to place a group whose resources are there.
-PLACEMENT_TIMEOUT_S: Final = 60.0
-# How long the actors may take to end their child in order before Ray kills them.
-STOP_TIMEOUT_S: Final = 15.0
+# Ray tells what is free with a delay; no longer than this is looked again before a wish for more groups is refused.
+PLACE_SETTLES_S: Final = 2.0
+PLACE_POLL_S: Final = 0.25
+# The scheduler's sockets.
+LINKS: Final = ("session", "steps", "control")
 # Messages that may wait for the scheduler; there are a few per group and one per question.
 SEND_QUEUE_MESSAGES: Final = 1000
+
+
+# Under which Ray knows our actors.
+NAMESPACE: Final = "quire"
+CONTROLLER_NAME: Final = "quire-controller"
 
 
 def discovery_address(folder: Path) -> str:
@@ -82,55 +91,89 @@ def discovery_address(folder: Path) -> str:
 
 
 class _Controller:
-    """Runs on its actor's one event loop. What it decides is in GroupTable; here it is performed."""
+    """Runs on its actor's one event loop. What it decides is in GroupTable; here it is performed.
 
-    def __init__(self, config: ServeConfig, plan: ModelPlan, run_folder: str) -> None:
+    It may die at any time: Ray starts it anew, it reads again what shall be, finds what runs by name, and touches none of that.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, config: ServeConfig, plan: ModelPlan, run_folder: str, rank_resource: str, discovery_listen: str
+    ) -> None:
+        """Start the scheduler, the ranks and discovery, or take over those that a controller before this one started in the same
+        folder. Does not wait for the groups.
+
+        rank_resource: of which Ray resource a rank takes one
+        discovery_listen: where discovery answers, HOST:PORT or unix:PATH; port 0 takes a free one, and keeps it
+        """
         logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s controller: %(message)s")
         self._config = config
         self._plan = plan
         self._folder = Path(run_folder)
-        self._table = GroupTable()
+        self._keys = CurveKeys.of_folder(self._folder)
         self._files: list[TokenizerFile] = tokenizer_files(plan)
         self._changed = asyncio.Condition()
-        self._over: asyncio.Future[str]
+        self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._scheduler: Any = None
-        self._ranks: dict[str, list[Any]] = {}
-        self._placements: dict[str, PlacementGroup] = {}
+        self._ranks = RankActors(rank_resource)
+        self._rank_resource = rank_resource
+        self._scaling = asyncio.Lock()
         self._queries: dict[int, asyncio.Future[Status]] = {}
         self._next_query_id = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
-        self._metrics = ControllerMetrics(self)
+        former = load_state(self._folder)
+        self._state = former or DesiredState()
+        self._table = self._state.table
+        self._metrics = ControllerMetrics(self, num_schedulers=self._state.num_schedulers)
         self._pages = HttpPages({"/metrics": self._metrics.page})
-
-    # -- for `quire serve` ---------------------------------------------------------------------------------------------
-
-    async def start(self) -> str:
-        """Start the scheduler, the ranks and discovery (at `discovery_address`); the address of the metrics. Does not wait for the
-        groups."""
-        self._over = asyncio.get_running_loop().create_future()
         self._link = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._link.setsockopt(zmq.IDENTITY, CONTROLLER_IDENTITY)
         self._link.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._link.setsockopt(zmq.LINGER, 0)
+        if (keys := keys_for(self._address("control"), self._keys)) is not None:
+            secure_client(self._link, keys)
         self._link.connect(self._address("control"))
+        self._spawn(self._read_scheduler())
+        if former is None:
+            self._spawn(self._run_scheduler(None))
+            tensor_parallel_size = plan.tensor_parallel_size
+            self._perform(self._table.on_scale_asked(plan.name, plan.groups, tensor_parallel_size=tensor_parallel_size))
+        else:
+            await self._take_over()
         self._server = grpc.aio.server()
         discovery_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self), self._server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterAdmin(self), self._server)
-        self._server.add_insecure_port(discovery_address(self._folder))
+        self.discovery = self._bind(discovery_listen)
         await self._server.start()
-        metrics_address = await self._pages.start(
-            self._config.controller_metrics_listen or DEFAULT_METRICS_LISTEN["controller"],
-            may_move=self._config.controller_metrics_listen is None,
-        )
-        self._spawn(self._read_scheduler())
-        self._spawn(self._run_scheduler())
-        for index in range(self._plan.groups):
-            group = Group(f"{self._plan.name.replace('/', '-')}-{index}", self._plan.name, self._plan.tensor_parallel_size)
-            self._table.add(group)
-            await self._attach(group)
-            self._spawn(self._run_ranks(group))
-        return metrics_address
+        self.metrics = await self._bind_metrics()
+
+    def _bind(self, listen: str) -> str:
+        """Bind discovery; its address."""
+        host, _, port = listen.rpartition(":")
+        if listen.startswith("unix:"):
+            self._server.add_insecure_port(listen)
+            return listen
+        wanted = int(port) or self._state.discovery_port  # gateways know the port of the controller before this one
+        self._state.discovery_port = self._server.add_insecure_port(f"{host}:{wanted}")
+        save_state(self._folder, self._state)
+        return f"{host}:{self._state.discovery_port}"
+
+    async def _bind_metrics(self) -> str:
+        """Serve the metrics page; its address."""
+        asked = self._config.controller_metrics_listen
+        listen = asked or DEFAULT_METRICS_LISTEN["controller"]
+        if self._state.metrics_port:  # of the controller before this one
+            listen = f"{listen.rpartition(':')[0]}:{self._state.metrics_port}"
+        address = await self._pages.start(listen, may_move=asked is None)
+        self._state.metrics_port = int(address.rpartition(":")[2])
+        save_state(self._folder, self._state)
+        return address
+
+    # -- for `quire serve` and `quire controller` ----------------------------------------------------------------------
+
+    async def wait_listening(self) -> tuple[str, str]:
+        """The addresses of discovery and of the metrics, once they answer. What keeps them from that is raised here, by Ray."""
+        return self.discovery, self.metrics
 
     async def wait_ready(self) -> str:
         """Wait until every group is ready (""), or until one cannot be (why)."""
@@ -145,13 +188,62 @@ class _Controller:
     async def stop(self) -> None:
         """End ranks and scheduler in order. Their actors go with this Ray: when Ray itself is ending, it answers no more."""
         self._is_stopping = True
-        await asyncio.gather(*(self._stop_child(actor) for actors in self._ranks.values() for actor in actors))
+        await self._ranks.end_children()
         if self._scheduler is not None:
-            await self._stop_child(self._scheduler)
+            await stop_child(self._scheduler)
         for task in self._tasks:
             task.cancel()
         await self._pages.stop()
         await self._server.stop(grace=None)
+
+    async def leave(self) -> str:
+        """End everything that was started, on a Ray that stays; the run's folder, which is left to the caller. This actor is, too."""
+        self._is_stopping = True
+        await asyncio.gather(*(self._ranks.end(group.group_id, is_lost=False) for group in self.groups()))
+        await asyncio.gather(*(self._ranks.end_leftovers(group.group_id) for group in self.groups()))
+        if self._scheduler is not None:
+            await stop_child(self._scheduler)
+            await asyncio.to_thread(ray.kill, self._scheduler)
+        for task in self._tasks:
+            task.cancel()
+        await self._server.stop(grace=None)
+        drop_state(self._folder)
+        return str(self._folder)
+
+    # -- after the death of a controller -------------------------------------------------------------------------------
+
+    async def _take_over(self) -> None:
+        """Find what runs. What happened meanwhile is told by who saw it: the scheduler when groups are attached again, actors when
+        they are asked to wait for their children."""
+        scheduler = await find_scheduler(self._state.scheduler_id)
+        for group in self.groups():
+            if group.state is GroupState.STOPPED:
+                if not group.is_gone:
+                    self._spawn(self._finish_end(group))
+            elif await self._ranks.adopt(group):
+                log.info("group %s of term %d goes on with the ranks that it has", group.group_id, group.term)
+                await self._attach(group, oldest_term=group.ranks_term)
+                if group.state is GroupState.DRAINING:
+                    await self._link.send(encode(DrainGroup(group.group_id, group.term, group.after_drain is AfterDrain.RESTART)))
+                self._spawn(self._watch_ranks(group))
+            elif group.state is GroupState.STARTING:
+                log.info("group %s of term %d had not started yet", group.group_id, group.term)
+                self._spawn(self._start_over(group))
+            else:
+                why = "its ranks died while the controller was away"
+                await self._ranks.end_leftovers(group.group_id)
+                self._perform(self._table.on_lost(group.group_id, group.term, why, now_s=monotonic()))
+        self._spawn(self._run_scheduler(scheduler))
+        log.info("took over the groups of the controller before this one: %s", [group.group_id for group in self.groups()])
+
+    async def _finish_end(self, group: Group) -> None:
+        await self._link.send(encode(DetachGroup(group.group_id, group.term, group.detail)))
+        await self._ranks.end_leftovers(group.group_id)
+        await self._end_ranks(group.group_id, is_lost=True)
+
+    async def _start_over(self, group: Group) -> None:
+        await self._ranks.end_leftovers(group.group_id)
+        await self._start_ranks(group.group_id)
 
     # -- for discovery (ControllerView) --------------------------------------------------------------------------------
 
@@ -175,11 +267,13 @@ class _Controller:
         return self._table.groups.get(group_id)
 
     def groups(self) -> list[Group]:
-        return [self._table.groups[group_id] for group_id in sorted(self._table.groups)]
+        return sorted(self._table.groups.values(), key=lambda group: (group.model, group.index))
 
-    def plan(self, model: str) -> ModelPlan:
-        assert model == self._plan.name, model
-        return self._plan
+    def models(self) -> list[str]:
+        return [self._plan.name]
+
+    def plan(self, model: str) -> ModelPlan | None:
+        return self._plan if model == self._plan.name else None
 
     async def status(self, *, has_blocks: bool = False) -> Status:
         """The scheduler's gauges; has_blocks: also what is told block by block.
@@ -203,30 +297,72 @@ class _Controller:
     def drain(self, group_id: str) -> None:
         self._perform(self._table.on_drain_asked(group_id))
 
+    def restart(self, group_ids: list[str]) -> None:
+        self._perform(self._table.on_restart_asked(group_ids))
+
+    async def scale(self, plan: ModelPlan, num_groups: int) -> None:
+        """
+        Raises:
+            ConfigError: there is no place for so many groups.
+        """
+        async with self._scaling:  # two at once would count the same place twice
+            await self._check_place(plan, num_groups)
+            self._perform(self._table.on_scale_asked(plan.name, num_groups, tensor_parallel_size=plan.tensor_parallel_size))
+
+    async def _check_place(self, plan: ModelPlan, num_groups: int) -> None:
+        """Look again for a moment before refusing: Ray tells with a delay what was given back."""
+        deadline_s = monotonic() + PLACE_SETTLES_S
+        while True:
+            free = await asyncio.to_thread(self._ranks.free_on_nodes)
+            refusal = placement_refusal(
+                free,
+                model=plan.name,
+                resource=self._rank_resource,
+                ranks_per_group=plan.tensor_parallel_size,
+                num_placed=sum(group.group_id in self._ranks.placed for group in self._table.wanted(plan.name)),
+                num_groups=num_groups,
+            )
+            if refusal is None:
+                return
+            if monotonic() >= deadline_s:
+                raise refusal
+            await asyncio.sleep(PLACE_POLL_S)
+
     # -- the scheduler -------------------------------------------------------------------------------------------------
 
-    async def _run_scheduler(self) -> None:
-        """Keep a scheduler alive. One that dies takes its plans with it: ranks wait for the next, gateways submit to it again."""
-        num_failures = num_deaths = 0
+    async def _run_scheduler(self, actor: Any) -> None:
+        """Keep a scheduler alive. One that dies takes its plans with it: ranks wait for the next, gateways submit to it again.
+
+        actor: of a scheduler that a controller before this one started, or None
+        """
+        num_failures = 0
         while True:
             started_s = monotonic()
-            code = await self._run_one_scheduler(num_deaths)
-            num_deaths += 1
+            if actor is None and self._state.num_schedulers:
+                self._perform(self._table.on_scheduler_lost())
+            try:
+                self._scheduler = actor or await self._start_scheduler()
+                end = f"the scheduler ended with code {await self._scheduler.wait.remote()}"
+            except ray.exceptions.RayActorError:
+                end = "the scheduler's actor died"
             num_failures = 1 if monotonic() - started_s >= STEADY_S else num_failures + 1
             if self._is_stopping or num_failures > MAX_RESTARTS_IN_A_ROW:
-                self._finish(f"the scheduler ended with code {code}")
+                self._finish(end)
                 return
-            log.warning("the scheduler ended with code %d; the next one follows in %g s", code, restart_pause_s(num_failures))
+            if self._scheduler is not None:
+                await asyncio.to_thread(ray.kill, self._scheduler)
+            actor = self._scheduler = None
+            log.warning("%s; the next one follows in %g s", end, restart_pause_s(num_failures))
             await asyncio.sleep(restart_pause_s(num_failures))
-            self._perform(self._table.on_scheduler_lost())
 
-    async def _run_one_scheduler(self, num_before: int) -> int:
-        """Start a scheduler, and wait for its end; its exit code. num_before: how many there were before it."""
+    async def _start_scheduler(self) -> Any:
+        """A new scheduler's actor."""
         process = ProcessConfig(
             session_address=self._address("session"),
             steps_address=self._address("steps"),
             control_address=self._address("control"),
             log_level=self._config.log_level,
+            curve=self._keys.as_spec() if any(keys_for(self._address(link), self._keys) for link in LINKS) else None,
         )
         scheduler = SchedulerConfig(
             scheduler_id=uuid.uuid4().hex,
@@ -236,16 +372,13 @@ class _Controller:
             min_step_timeout_s=MIN_STEP_TIMEOUT_S[self._plan.device],
         )
         self._metrics.scheduler_starts()
-        former, self._scheduler = self._scheduler, ProcessActor.options(name=f"quire-scheduler-{scheduler.scheduler_id}").remote()
-        if former is not None:
-            await asyncio.to_thread(_forget, [former], None)
         journal = self._config.scheduler_journal
-        if journal and num_before:
-            journal = f"{journal}.{num_before}"  # a journal is one scheduler's life
-        spec = {"process": asdict(process), "scheduler": asdict(scheduler), "journal": journal}
-        await self._scheduler.start.remote("quire.cluster.scheduler.process", spec, str(self._log("scheduler")))
-        code: int = await self._scheduler.wait.remote()
-        return code
+        if journal and self._state.num_schedulers:
+            journal = f"{journal}.{self._state.num_schedulers}"  # a journal is one scheduler's life
+        self._state.scheduler_id = scheduler.scheduler_id
+        self._state.num_schedulers += 1
+        save_state(self._folder, self._state)
+        return await start_scheduler(process, scheduler, journal, log_path=self._log("scheduler"))
 
     async def _read_scheduler(self) -> None:
         while True:
@@ -275,7 +408,7 @@ class _Controller:
                     if query is not None and not query.done():
                         query.set_result(message)
 
-    async def _attach(self, group: Group, *, oldest_term: int = 0) -> None:
+    async def _attach(self, group: Group, *, oldest_term: int) -> None:
         plan = self._plan
         await self._link.send(
             encode(
@@ -300,103 +433,88 @@ class _Controller:
     async def _run_ranks(self, group: Group) -> None:
         """Place the group's ranks together, start them, and report the first that ends."""
         self._metrics.group_starts(group.group_id)
-        # Ray hides GPUs from whoever asked for none.
-        num_gpus = 1 if self._plan.device == "cuda" else 0
-        bundles = [{"CPU": 1.0, "GPU": 1.0} if num_gpus else {"CPU": 1.0}] * group.tensor_parallel_size
-        placement = placement_group(bundles, strategy="STRICT_PACK", name=f"{group.group_id}-{group.term}")
-        self._placements[group.group_id] = placement
+        children = [
+            Child(self._rank_spec(group, rank), str(self._log(f"{group.group_id}-{rank}"))) for rank in range(group.tensor_parallel_size)
+        ]
         try:
-            await asyncio.wait_for(placement.ready(), PLACEMENT_TIMEOUT_S)
-        except TimeoutError:
-            asked = f"{group.tensor_parallel_size} ranks of 1 CPU each on one host"
-            why = f"Ray found no place for {asked} within {PLACEMENT_TIMEOUT_S:g} s; it has {ray.cluster_resources().get('CPU', 0):g} CPUs"
-            self._perform(self._table.on_lost(group.group_id, group.term, why, now_s=monotonic()))
+            await self._ranks.start(group, children)
+        except Unavailable as error:
+            self._perform(self._table.on_lost(group.group_id, group.term, error.message, now_s=monotonic()))
             return
-        actors = []
-        for rank in range(group.tensor_parallel_size):
-            strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank)
-            name = f"quire-{group.group_id}-{rank}-{group.term}"
-            actors.append(ProcessActor.options(name=name, num_gpus=num_gpus, scheduling_strategy=strategy).remote())
-        self._ranks[group.group_id] = actors
-        await asyncio.gather(
-            *(
-                actor.start.remote("quire.worker.rank_process", self._rank_spec(group, rank), str(self._log(f"{group.group_id}-{rank}")))
-                for rank, actor in enumerate(actors)
-            )
-        )
-        ends = [asyncio.ensure_future(self._wait_rank(group, rank, actor)) for rank, actor in enumerate(actors)]
-        done, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for end in pending:
-            end.cancel()
-        if self._ranks.get(group.group_id) is actors:  # under whatever term they are by now
-            current = self._table.groups[group.group_id]
-            self._perform(self._table.on_lost(group.group_id, current.term, next(iter(done)).result(), now_s=monotonic()))
+        await self._watch_ranks(group)
 
-    async def _restart_ranks(self, group_id: str, *, pause_s: float) -> None:
-        """Start a group's ranks anew, all together, once the former ones are gone for good."""
-        await self._stop_ranks(group_id, is_lost=True)
-        await asyncio.sleep(pause_s)
-        group = self._table.groups[group_id]
-        if self._is_stopping or group.state is not GroupState.STARTING:
+    async def _watch_ranks(self, group: Group) -> None:
+        """Wait for a rank's end, and report it under whatever term the group is by then."""
+        end = await self._ranks.first_end(group)
+        if end is None or self._is_stopping:
+            return
+        rank, code = end
+        why = f"rank {rank}'s actor died" if code is None else f"rank {rank} ended with code {code}"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            why = f"rank {rank}: {json.loads(self._report(group, rank).read_text())['error']}"
+        current = self._table.groups[group.group_id]
+        self._perform(self._table.on_lost(group.group_id, current.term, why, now_s=monotonic()))
+
+    async def _start_ranks(self, group_id: str) -> None:
+        """Start a group's ranks, all together."""
+        group = self._table.groups.get(group_id)
+        if self._is_stopping or group is None or group.state is not GroupState.STARTING:
             return  # an operator asked to drain it meanwhile
-        await self._attach(group)
+        await self._attach(group, oldest_term=group.ranks_term)
         await self._run_ranks(group)
 
-    async def _wait_rank(self, group: Group, rank: int, actor: Any) -> str:
-        """Wait for a rank's end; what is known of its cause."""
-        try:
-            code = await actor.wait.remote()
-        except ray.exceptions.RayActorError:
-            return f"rank {rank}'s actor died"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return f"rank {rank}: {json.loads(self._report(group, rank).read_text())['error']}"
-        return f"rank {rank} ended with code {code}"
+    async def _restart_ranks(self, group_id: str, *, pause_s: float, is_lost: bool) -> None:
+        """Start a group's ranks anew, once the former ones are gone for good."""
+        await self._ranks.end(group_id, is_lost=is_lost)
+        await asyncio.sleep(pause_s)
+        await self._start_ranks(group_id)
+
+    async def _end_ranks(self, group_id: str, *, is_lost: bool) -> None:
+        """End a group's ranks for good."""
+        await self._ranks.end(group_id, is_lost=is_lost)
+        self._table.on_gone(group_id)
+        self._perform([])
 
     def _rank_spec(self, group: Group, rank: int) -> dict[str, Any]:
+        keys = keys_for(self._address("steps"), self._keys)
         return asdict(
             make_rank_spec(
                 self._plan,
                 group_id=group.group_id,
-                term=group.term,
+                term=group.ranks_term,
                 rank=rank,
                 scheduler_address=self._address("steps"),
                 rank_lease_s=RANK_LEASE_S,
                 log_level=self._config.log_level,
                 folder=self._folder,
+                curve=keys.of_clients().as_spec() if keys is not None else None,
             )
         )
-
-    async def _stop_ranks(self, group_id: str, *, is_lost: bool) -> None:
-        actors = self._ranks.pop(group_id, [])
-        await asyncio.gather(*(self._stop_child(actor, is_lost=is_lost) for actor in actors))
-        placement = self._placements.pop(group_id, None)
-        if not self._is_stopping:
-            await asyncio.to_thread(_forget, actors, placement)
-
-    @staticmethod
-    async def _stop_child(actor: Any, *, is_lost: bool = False) -> None:
-        with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
-            await asyncio.wait_for(actor.kill.remote() if is_lost else actor.stop.remote(), STOP_TIMEOUT_S)
 
     # -- what follows --------------------------------------------------------------------------------------------------
 
     def _perform(self, actions: list[Action]) -> None:
+        save_state(self._folder, self._state)  # first: the next controller must know of all that was begun
         for action in actions:
             match action:
+                case StartRanks(group_id):
+                    self._spawn(self._start_ranks(group_id))
                 case StopRanks(group_id, term, is_lost):
                     detail = self._table.groups[group_id].detail
                     log.info("group %s stops: %s", group_id, detail)
                     self._spawn(self._link.send(encode(DetachGroup(group_id, term, detail))))
-                    self._spawn(self._stop_ranks(group_id, is_lost=is_lost))
-                case RestartRanks(group_id, lost_term, pause_s):
+                    self._spawn(self._end_ranks(group_id, is_lost=is_lost))
+                case RestartRanks(group_id, lost_term, pause_s, is_lost):
                     group = self._table.groups[group_id]
                     log.warning("group %s is %s; term %d follows in %g s", group_id, group.detail, group.term, pause_s)
                     self._spawn(self._link.send(encode(DetachGroup(group_id, lost_term, group.detail))))
-                    self._spawn(self._restart_ranks(group_id, pause_s=pause_s))
+                    self._spawn(self._restart_ranks(group_id, pause_s=pause_s, is_lost=is_lost))
                 case Reattach(group_id, oldest_term):
                     self._spawn(self._attach(self._table.groups[group_id], oldest_term=oldest_term))
-                case DrainAtScheduler(group_id):
-                    self._spawn(self._link.send(encode(DrainGroup(group_id, self._table.groups[group_id].term))))
+                case DrainAtScheduler(group_id, comes_back):
+                    group = self._table.groups[group_id]
+                    log.info("group %s drains: %s", group_id, group.detail)
+                    self._spawn(self._link.send(encode(DrainGroup(group_id, group.term, comes_back))))
         groups = self.groups()
         if all(group.state is GroupState.STOPPED for group in groups) and any(group.has_failed for group in groups):
             self._finish("; ".join(f"group {group.group_id}: {group.detail}" for group in groups))
@@ -436,13 +554,9 @@ class _Controller:
         return Path(self._rank_spec(group, rank)["report_path"])
 
 
-def _forget(actors: list[Any], placement: PlacementGroup | None) -> None:
-    """Give a group's actors and place back to Ray. Blocks for as long as Ray's store does not answer."""
-    for actor in actors:
-        ray.kill(actor)
-    if placement is not None:
-        ray.util.remove_placement_group(placement)
-
-
-# Restarts of the controller itself come with fault tolerance of Ray's own store; until then its end is the cluster's end.
-Controller: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_Controller)
+# Ray starts it anew where it dies; after so many deaths something is wrong that no restart mends. Calls are not repeated: whoever
+# waits for an answer asks again.
+MAX_CONTROLLER_RESTARTS: Final = 100
+Controller: Any = ray.remote(num_cpus=0, resources={HEAD_RESOURCE: HEAD_SHARE}, max_restarts=MAX_CONTROLLER_RESTARTS, max_task_retries=0)(
+    _Controller
+)

@@ -14,7 +14,7 @@ def split_address(address: str) -> tuple[str, int]:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"listen is {address!r}; it takes HOST:PORT, such as 127.0.0.1:50051")
+        raise ConfigError(f"{address!r} is no address; it takes HOST:PORT, such as 127.0.0.1:50051")
     return host.strip("[]"), int(port)
 
 

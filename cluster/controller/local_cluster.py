@@ -1,7 +1,6 @@
-"""A whole cluster on this machine: a Ray of its own, the controller, and one gateway. What `quire serve` runs."""
+"""A whole cluster on this machine: a Ray of its own, the controller, and the gateways. What `quire serve` runs."""
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -9,22 +8,31 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Self
 
 import ray
+from ray._private import ray_constants
 
-from quire.cluster.controller.controller import Controller, discovery_address
+from quire.cluster.controller.actor_wait import ActorWait
+from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller, discovery_address
+from quire.cluster.controller.gateways import Gateways, gateway_spec
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
-from quire.common.child_process import start_child
-from quire.common.config import DEFAULT_METRICS_LISTEN, ModelPlan, ServeConfig
+from quire.common.child_process import start_child, stop_child
+from quire.common.config import ModelPlan, ServeConfig
+from quire.common.curve import CLIENT_KEY, CurveKeys
 from quire.common.errors import Unavailable
+from quire.worker.rank_spec import make_rank_spec
 
 # Ray's object store carries nothing of ours but actor arguments; this is the smallest size that Ray takes.
 OBJECT_STORE_BYTES: Final = 80 * 2**20
 # Longest temporary folder that ours can lie in: the path of a Unix socket has at most 107 bytes, and Ray adds 69 to ours.
 MAX_BASE_CHARS: Final = 20
+# What a rank without a GPU takes of our own Ray, which only counts: so many ranks per core are slow, and still start.
+CPU_RANK_RESOURCE: Final = "rank_place"
+MAX_RANKS_PER_CPU: Final = 4
 # How long the controller may take to end what it started.
 STOP_TIMEOUT_S: Final = 30.0
 # How long its answer may take once it has closed its socket, which is the last thing it does.
@@ -48,9 +56,10 @@ class LocalCluster:
         (self.folder / "logs").mkdir()
         self._reaper = start_reaper(self.folder)
         self._controller: Any = None
-        self._gateway: subprocess.Popen[bytes] | None = None
-        self._over: Any = None
-        self.metrics_addresses: dict[str, str] = {}  # of the gateway and the controller, once they serve
+        self._gateways: Gateways | None = None
+        self._compiler: subprocess.Popen[bytes] | None = None
+        self._over: ActorWait
+        self.metrics_addresses: dict[str, str] = {}  # of the gateways and the controller, once they serve
 
     def __enter__(self) -> Self:
         return self
@@ -59,30 +68,24 @@ class LocalCluster:
         self.stop(keep_logs=error is not None)
 
     def start(self) -> str:
-        """Start everything and wait until it serves; the gateway's address. "" when a signal came meanwhile.
+        """Start everything and wait until it serves; the gateways' address. "" when a signal came meanwhile.
 
         Raises:
             QuireError: it cannot serve; the message says why and where the logs are.
         """
         deadline_s = time.monotonic() + self._config.start_timeout_s
-        # The gateway comes first and waits for the controller: its start costs nothing while Ray starts.
-        report = self.folder / "gateway.json"
-        self._gateway = start_child(
-            "quire.cluster.gateway.main",
-            {
-                "listen": self._config.listen,
-                "discovery_address": discovery_address(self.folder),
-                "request_timeout_s": self._config.request_timeout_s,
-                "drain_timeout_s": self._config.drain_timeout_s,
-                "log_level": self._config.log_level,
-                "metrics_listen": self._config.metrics_listen or DEFAULT_METRICS_LISTEN["gateway"],
-                "metrics_port_is_free": self._config.metrics_listen is None,
-                # Paths: what is secret stays in the files.
-                **{name: _absolute(getattr(self._config, name)) for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca")},
-                "report_path": str(report),
-            },
-            log_path=self.folder / "logs" / "gateway.log",
+        CurveKeys.of_folder(self.folder)  # before gateways, which read their part
+        # The gateways come first and wait for the controller: their start costs nothing while Ray starts.
+        self._gateways = Gateways(
+            gateway_spec(self._config, discovery_address(self.folder), cluster_key=str(self.folder / CLIENT_KEY)),
+            listen=self._config.listen,
+            count=self._config.gateways,
+            folder=self.folder,
+            logs=self._logs(),
         )
+        self._gateways.start()
+        if self._plan.device == "cuda":
+            self._compiler = self._start_compiler()
         self._stop.install()
         try:
             self._start_ray()
@@ -91,32 +94,30 @@ class LocalCluster:
         self._stop.install()
         if self._stop.is_set():
             return ""
-        self._controller = Controller.options(name="quire-controller").remote(self._config, self._plan, str(self.folder))
+        rank_resource = "GPU" if self._plan.device == "cuda" else CPU_RANK_RESOURCE
+        options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
+        self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource, discovery_address(self.folder))
         try:
-            metrics_address = ray.get(self._controller.start.remote(), timeout=self._config.start_timeout_s)
+            _, metrics_address = ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise Unavailable(self._explain(f"the controller could not start: {error}")) from error
-        self._over = self._controller.wait_over.remote()
-        ready = self._controller.wait_ready.remote()
+        self._over = ActorWait(self._controller.wait_over)
+        ready = ActorWait(self._controller.wait_ready)
         is_ready = False
-        while not (is_ready and report.exists()):
+        while not (is_ready and self._gateways.address):
             if self._stop.is_set():
                 return ""
             if time.monotonic() > deadline_s:
                 raise Unavailable(f"the cluster was not ready within {self._config.start_timeout_s:g} s; its logs are in {self._logs()}")
             self._raise_if_over()
-            if not is_ready and ray.wait([ready], timeout=POLL_S)[0]:
-                reason = ray.get(ready)
+            if not is_ready and (reason := ready.poll(timeout_s=POLL_S)) is not None:
                 if reason:
                     raise Unavailable(self._explain(reason))
                 is_ready = True
             elif is_ready:
                 time.sleep(POLL_S)
-        outcome = json.loads(report.read_text())
-        if "error" in outcome:
-            raise Unavailable(self._explain(f"the gateway cannot start: {outcome['error']}"))
-        self.metrics_addresses = {"gateway": str(outcome["metrics_address"]), "controller": str(metrics_address)}
-        return str(outcome["address"])
+        self.metrics_addresses = {**self._gateways.metrics_addresses, "controller": str(metrics_address)}
+        return self._gateways.address
 
     def run(self) -> None:
         """Wait for a signal.
@@ -131,8 +132,11 @@ class LocalCluster:
         """End everything, clients' streams first; at once if asked a second time. The folder goes too, unless something went
         wrong."""
         is_clean = not keep_logs
-        if self._gateway is not None:
-            is_clean = self._stop_gateway() and is_clean
+        if self._gateways is not None:
+            has_ended_well = self._gateways.stop(drain_timeout_s=self._config.drain_timeout_s, at_once=lambda: self._stop.count > 1)
+            is_clean = has_ended_well and is_clean
+        if self._compiler is not None:
+            stop_child(self._compiler)
         if self._controller is not None:
             self._stop_controller()
         if ray.is_initialized():
@@ -140,20 +144,6 @@ class LocalCluster:
         let_go(self._reaper)
         if is_clean:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _stop_gateway(self) -> bool:
-        """Let the gateway finish its streams; whether it ended as it should."""
-        assert self._gateway is not None
-        if self._gateway.poll() is None:
-            self._gateway.terminate()
-        deadline_s = time.monotonic() + self._config.drain_timeout_s + STOP_TIMEOUT_S
-        while self._gateway.poll() is None and time.monotonic() < deadline_s and self._stop.count < 2:
-            time.sleep(POLL_S)
-        if self._gateway.poll() is None:
-            self._gateway.kill()
-            self._gateway.wait()
-            return self._stop.count > 1
-        return self._gateway.returncode == 0
 
     def _stop_controller(self) -> None:
         """Have the controller end what it started. A SIGTERM to all our processes may have ended it before us, and Ray with it,
@@ -169,6 +159,20 @@ class LocalCluster:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             return probe.connect_ex(discovery_address(self.folder).removeprefix("unix:")) == 0
 
+    def _start_compiler(self) -> "subprocess.Popen[bytes]":
+        """Begin with the kernels of the ranks, which would else wait for their own ones: Ray takes a third of a start."""
+        spec = make_rank_spec(
+            self._plan,
+            group_id="compile",
+            term=0,
+            rank=0,
+            scheduler_address="",
+            rank_lease_s=0.0,
+            log_level=self._config.log_level,
+            folder=self.folder,
+        )
+        return start_child("quire.worker.compile_ahead", asdict(spec), log_path=self.folder / "logs" / "compile.log")
+
     def _start_ray(self) -> None:
         # Ray's workers can import from the folder that their driver is in, and the caller's may hold a `kernels` or `proto` of
         # its own. A runtime_env with a working_dir would do as well, but then no worker is started ahead: 2.3 s more.
@@ -179,8 +183,10 @@ class LocalCluster:
         try:
             ray.init(
                 address="local",
-                num_cpus=num_ranks,  # a rank takes one of Ray's CPUs, whatever the machine has: it only counts them
-                num_gpus=num_ranks if self._plan.device == "cuda" else 0,
+                namespace=NAMESPACE,
+                num_cpus=num_ranks,  # Ray starts so many workers ahead; ranks take none of these CPUs
+                num_gpus=max(num_ranks, num_visible_gpus()) if self._plan.device == "cuda" else 0,
+                resources={CPU_RANK_RESOURCE: max(num_ranks, MAX_RANKS_PER_CPU * (os.cpu_count() or 1))},
                 include_dashboard=False,
                 _temp_dir=str(self.folder / "ray"),  # its sockets and logs go when ours go
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -191,15 +197,17 @@ class LocalCluster:
             raise Unavailable(f"Ray could not start on this machine: {error}") from error
 
     def _raise_if_over(self) -> None:
-        assert self._gateway is not None
-        if self._gateway.poll() is not None:
-            report = self.folder / "gateway.json"
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                raise Unavailable(self._explain(f"the gateway cannot start: {json.loads(report.read_text())['error']}"))
-            raise Unavailable(self._explain(f"the gateway ended with code {self._gateway.returncode}"))
+        assert self._gateways is not None
         try:
-            if ray.wait([self._over], timeout=POLL_S)[0]:
-                raise Unavailable(self._explain(ray.get(self._over)))
+            self._gateways.tend(time.monotonic())
+        except Unavailable as error:
+            raise Unavailable(self._explain(error.message)) from None
+        if (code := _store_exit_code()) is not None:
+            # Actors go on for a minute without it; then Ray would abort us and end them in disorder.
+            raise Unavailable(self._explain(f"Ray's store (gcs_server) ended with code {code}, and nothing can be started any more"))
+        try:
+            if (reason := self._over.poll(timeout_s=POLL_S)) is not None:
+                raise Unavailable(self._explain(reason))
         except ray.exceptions.RayError as error:
             raise Unavailable(self._explain(f"the controller is gone: {error}")) from error
 
@@ -210,5 +218,18 @@ class LocalCluster:
         return self.folder / "logs"
 
 
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())
+def _store_exit_code() -> int | None:
+    """How the store of our own Ray ended, None if it lives."""
+    node = ray._private.worker._global_node
+    assert node is not None, "Ray is started"
+    (store,) = node.all_processes[ray_constants.PROCESS_TYPE_GCS_SERVER]
+    code: int | None = store.process.poll()
+    return code
+
+
+def num_visible_gpus() -> int:
+    """How many GPUs this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return len([name for name in named.split(",") if name.strip()])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])

@@ -3,13 +3,13 @@
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Final
+from typing import Final, Protocol
 
-from quire.cluster.controller.discovery import ControllerView
 from quire.cluster.controller.groups import Group, GroupState
 from quire.cluster.metric_page import Families, page_of
 from quire.common import metric_names as names
 from quire.common.clock import Clock, monotonic
+from quire.common.config import ModelPlan
 from quire.common.errors import Unavailable
 from quire.common.http_pages import Page
 from quire.common.messages import GroupStatus, PoolStatus, QueueStatus, Status
@@ -17,16 +17,26 @@ from quire.common.messages import GroupStatus, PoolStatus, QueueStatus, Status
 _PRIORITIES: Final = {1: "low", 2: "normal", 3: "high"}
 
 
+class WatchedController(Protocol):
+    """What is shown here."""
+
+    def group(self, group_id: str) -> Group | None: ...
+    def groups(self) -> list[Group]: ...
+    def plan(self, model: str) -> ModelPlan | None: ...
+    async def status(self) -> Status: ...
+
+
 class ControllerMetrics:
     """Made anew for each scrape, from the controller's table and one Status of the scheduler."""
 
-    def __init__(self, controller: ControllerView, *, clock: Clock = monotonic) -> None:
+    def __init__(self, controller: WatchedController, *, clock: Clock = monotonic, num_schedulers: int = 0) -> None:
+        """num_schedulers: that were started before, by a controller before this one"""
         self._controller = controller
         self._clock = clock
         self._started_s: dict[str, float] = {}  # by group, as the next two
         self._start_took_s: dict[str, float] = {}
         self._cache_shape: dict[str, tuple[int, int]] = {}  # GPU and CPU blocks
-        self._num_schedulers = 0
+        self._num_schedulers = num_schedulers
 
     def scheduler_starts(self) -> None:
         """A scheduler is started, the first or one that replaces another."""
@@ -69,8 +79,9 @@ class ControllerMetrics:
         families.add(names.GROUP_RESTARTS, labels, group.num_restarts)
         if group.group_id in self._start_took_s:
             families.add(names.GROUP_START_TIME, labels, self._start_took_s[group.group_id])
-        if group.group_id in self._cache_shape:
-            block_size = self._controller.plan(group.model).block_size
+        plan = self._controller.plan(group.model)
+        if group.group_id in self._cache_shape and plan is not None:
+            block_size = plan.block_size
             families.add(names.CACHE_INFO, (*labels, str(block_size), *map(str, self._cache_shape[group.group_id])), 1)
 
     def _add_queue(self, families: Families, queue: QueueStatus) -> None:

@@ -26,6 +26,10 @@ class _ProcessActor:
         self._child = start_child(module, spec, log_path=Path(log_path))
         return self._child.pid
 
+    async def pid(self) -> int | None:
+        """The process id of the child, dead or alive; None if none was started."""
+        return None if self._child is None else self._child.pid
+
     async def wait(self) -> int:
         """Wait for the child's end; its exit code, negative for a signal."""
         assert self._child is not None, "start comes before wait"

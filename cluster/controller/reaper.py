@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from quire.common.child_process import public_environment
+
 MARK: Final = "QUIRE_RUN_FOLDER"
 # What the parent says before it ends; silence means that it was killed.
 ENDED_IN_ORDER: Final = b"ended in order"
@@ -39,7 +41,7 @@ def start_reaper(folder: Path) -> "subprocess.Popen[bytes]":
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
-        env={name: value for name, value in os.environ.items() if name != MARK},
+        env={name: value for name, value in public_environment().items() if name != MARK},
         start_new_session=True,
     )
 

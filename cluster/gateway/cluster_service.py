@@ -46,6 +46,12 @@ class ClusterService(ClusterServiceServicer):
     async def DrainGroup(self, request: cluster_pb2.DrainGroupRequest, context: Context) -> cluster_pb2.DrainGroupResponse:
         return await self._forward(self._stub.DrainGroup, request, context)
 
+    async def ScaleModel(self, request: cluster_pb2.ScaleModelRequest, context: Context) -> cluster_pb2.ScaleModelResponse:
+        return await self._forward(self._stub.ScaleModel, request, context)
+
+    async def RestartGroups(self, request: cluster_pb2.RestartGroupsRequest, context: Context) -> cluster_pb2.RestartGroupsResponse:
+        return await self._forward(self._stub.RestartGroups, request, context)
+
     async def _forward(self, method: _Method[_Response], request: Message, context: Context) -> _Response:
         async with errors_as_status(context):
             with self._gate.enter():

@@ -17,6 +17,7 @@ from quire.cluster.gateway.writing import write
 from quire.common.errors import NotFound, Overloaded
 
 OVERALL: Final = ""  # the whole server's name, by the protocol
+LIVE: Final = "quire.live"  # the process: SERVING for as long as it answers, whatever it can serve
 SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 # One per load balancer and service is usual.
@@ -27,7 +28,7 @@ WRITE_TIMEOUT_S: Final = 10.0
 
 
 class HealthService(HealthServicer):  # type: ignore[misc]  # its stubs have no types
-    """One status for all names. Changes only set it; each watcher writes for itself, and only the latest status."""
+    """One status for all names but LIVE. Changes only set it; each watcher writes for itself, and only the latest status."""
 
     def __init__(self, names: Iterable[str], *, max_watchers: int = MAX_WATCHERS, write_timeout_s: float = WRITE_TIMEOUT_S) -> None:
         self._names = frozenset(names)
@@ -56,10 +57,11 @@ class HealthService(HealthServicer):  # type: ignore[misc]  # its stubs have no 
         self._is_final = True
 
     async def Check(self, request: HealthCheckRequest, context: Context) -> HealthCheckResponse:
+        status = self._status_of(request.service)
         async with errors_as_status(context):
-            if request.service not in self._names:
+            if status == HealthCheckResponse.SERVICE_UNKNOWN:
                 raise NotFound("this server has no such service", reason="SERVICE_NOT_FOUND", field="service")
-        return HealthCheckResponse(status=self._status)
+        return HealthCheckResponse(status=status)
 
     async def Watch(self, request: HealthCheckRequest, context: Context) -> None:
         async with errors_as_status(context):
@@ -76,8 +78,13 @@ class HealthService(HealthServicer):  # type: ignore[misc]  # its stubs have no 
         told = None
         while True:
             news = self._news  # before the status is read, so that no change is missed
-            status = self._status if name in self._names else HealthCheckResponse.SERVICE_UNKNOWN
+            status = self._status_of(name)
             if status != told:
                 await write(context, HealthCheckResponse(status=status), timeout_s=self._write_timeout_s)
                 told = status
             await news.wait()
+
+    def _status_of(self, name: str) -> HealthCheckResponse.ServingStatus.ValueType:
+        if name == LIVE:
+            return HealthCheckResponse.SERVING
+        return self._status if name in self._names else HealthCheckResponse.SERVICE_UNKNOWN

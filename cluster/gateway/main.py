@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 import uuid
@@ -26,13 +27,22 @@ from quire.cluster.gateway.pages import GatewayPages
 from quire.cluster.gateway.request_reader import MAX_UNREAD_CALLS, READ_TIMEOUT_S, RequestReader
 from quire.cluster.gateway.scheduler_link import DEFAULT_BOUNDS as DEFAULT_LINK_BOUNDS
 from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink
-from quire.cluster.gateway.server import CLUSTER_SERVICE, CONNECTION_GRACE_S, INFERENCE_SERVICE, MAX_CONNECTION_AGE_S, Server
+from quire.cluster.gateway.server import (
+    CLUSTER_SERVICE,
+    CONNECTION_GRACE_S,
+    HANDSHAKE_TIMEOUT_S,
+    INFERENCE_SERVICE,
+    MAX_CONNECTION_AGE_S,
+    MAX_CONNECTIONS,
+    Server,
+)
 from quire.cluster.gateway.service import WRITE_STALL_TIMEOUT_S, InferenceService
 from quire.cluster.gateway.status_view import StatusView
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.cluster.gateway.tls import Certificates, TlsFiles
 from quire.cluster.gateway.tokens import TokenFile
 from quire.common.child_process import enter_child
+from quire.common.curve import CurveKeys
 from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 
@@ -40,6 +50,10 @@ log = logging.getLogger("quire.gateway")
 
 # What calls that outlive the drain get to notice that they end.
 STOP_GRACE_S: Final = 0.5
+
+# What a gateway has open at most: its connections, and its links, pipes and libraries. Many systems start processes with 1024, where
+# a thousand idle connections would leave no file for the next one, nor for the link to the scheduler.
+MAX_OPEN_FILES: Final = MAX_CONNECTIONS + 512
 
 # The controller's files come in chunks below this; its tables are small.
 _CHANNEL_OPTIONS: Final = (
@@ -57,12 +71,14 @@ class GatewayConfig:
     listen: str  # "host:port" of the gRPC edge; port 0 takes a free one
     discovery_address: str  # of the controller
     report_path: str  # where {"address": ...} or {"error": ...} is written
+    shares_port: bool = False  # with other gateways of this machine
     request_timeout_s: float = 600.0  # of a request without a deadline; longer deadlines are cut to it
     drain_timeout_s: float = 30.0  # that running streams get after SIGTERM
     log_level: str = "info"
     token_file: str | None = None  # of hashed tokens; None: no tokens are asked for
     tls_cert: str | None = None  # PEM, with tls_key; None: no TLS
     tls_key: str | None = None
+    cluster_key: str | None = None  # file of the cluster's keys (common/curve.py), for a scheduler that is reached by TCP
     tls_client_ca: str | None = None  # PEM of who signs clients' certificates; None: clients need none
     metrics_listen: str | None = None  # "host:port" of the metrics page; None: none is served
     metrics_port_is_free: bool = False  # whether another port will do if that one is taken
@@ -77,6 +93,7 @@ class GatewayBounds:
     read_timeout_s: float = READ_TIMEOUT_S
     max_health_watchers: int = MAX_WATCHERS
     health_write_timeout_s: float = HEALTH_WRITE_TIMEOUT_S
+    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
     max_connection_age_s: float = MAX_CONNECTION_AGE_S
     connection_grace_s: float = CONNECTION_GRACE_S
     write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S
@@ -93,16 +110,17 @@ class Gateway:
     def __init__(self, config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) -> None:
         """
         Raises:
-            ConfigError: the token file or the certificate cannot be used.
+            ConfigError: the token file, the certificate or the cluster key cannot be used.
         """
         self._config = config
         self._certificates = _certificates(config)
+        keys = CurveKeys.read(Path(config.cluster_key)) if config.cluster_key is not None else None
         access = Access(TokenFile(Path(config.token_file)) if config.token_file is not None else None)
         self._channel = grpc.aio.insecure_channel(config.discovery_address, options=_CHANNEL_OPTIONS)
         self._workers = TextWorkers()
         self.gate = CallGate(max_calls=bounds.max_calls)
         self.metrics = GatewayMetrics()
-        self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._update_health, bounds=bounds.link)
+        self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._update_health, bounds=bounds.link, keys=keys)
         self.watcher = DiscoveryWatcher(self._channel, self._workers, on_table=self._on_table, rng=random.Random())
         self.inference = InferenceService(
             table=lambda: self.watcher.table,
@@ -120,7 +138,11 @@ class Gateway:
             max_watchers=bounds.max_health_watchers,
             write_timeout_s=bounds.health_write_timeout_s,
         )
-        self.reader = RequestReader(timeout_s=bounds.read_timeout_s, max_unread_calls=bounds.max_unread_calls)
+        self.reader = RequestReader(
+            timeout_s=bounds.read_timeout_s,
+            max_unread_calls=bounds.max_unread_calls,
+            max_model_len=lambda: max((model.max_model_len for model in self.watcher.table.models.values()), default=0),
+        )
         self._server = Server(
             self.inference,
             ClusterService(self._channel, gate=self.gate),
@@ -128,6 +150,8 @@ class Gateway:
             access=access,
             reader=self.reader,
             max_call_s=config.request_timeout_s,
+            shares_port=config.shares_port,
+            handshake_timeout_s=bounds.handshake_timeout_s,
             max_connection_age_s=bounds.max_connection_age_s,
             connection_grace_s=bounds.connection_grace_s,
         )
@@ -195,14 +219,14 @@ def _certificates(config: GatewayConfig) -> Certificates | None:
     return Certificates(TlsFiles(Path(config.tls_cert), Path(config.tls_key), client_ca))
 
 
-async def run(config: GatewayConfig) -> int:
+async def run(config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) -> int:
     """Serve until a signal; the exit code."""
     stop = asyncio.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     report = Path(config.report_path)
     try:
-        gateway = Gateway(config)
+        gateway = Gateway(config, bounds=bounds)
     except ConfigError as error:
         write_json_atomically(report, {"error": error.message})
         return 1
@@ -237,10 +261,23 @@ async def run(config: GatewayConfig) -> int:
     return exit_code
 
 
+def raise_file_limit(wanted: int = MAX_OPEN_FILES) -> None:
+    """Let this process open as many files as it may need, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            log.warning(
+                "this process may open %d files and needs %d for %d connections; raise ulimit -Hn", allowed, wanted, MAX_CONNECTIONS
+            )
+
+
 def main(spec: dict[str, Any]) -> int:
     """Run until SIGTERM."""
     config = GatewayConfig(**spec)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s gateway: %(message)s", stream=sys.stderr)
+    raise_file_limit()
     return asyncio.run(run(config))
 
 

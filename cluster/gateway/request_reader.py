@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from quire.cluster.gateway.grpc_errors import Context, errors_as_status
+from quire.cluster.gateway.wire_scan import check_num_ids
 from quire.cluster.gateway.writing import write
 from quire.common.errors import DeadlineExceeded, InvalidRequest, Overloaded
 
@@ -31,7 +32,15 @@ WRITE_TIMEOUT_S: Final = 30.0
 class RequestReader(grpc.aio.ServerInterceptor):
     """Stands before the handlers of all services."""
 
-    def __init__(self, *, timeout_s: float = READ_TIMEOUT_S, max_unread_calls: int = MAX_UNREAD_CALLS) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_s: float = READ_TIMEOUT_S,
+        max_unread_calls: int = MAX_UNREAD_CALLS,
+        max_model_len: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """max_model_len: tokens that the longest served model takes, 0 while none is known"""
+        self._max_model_len = max_model_len
         self._timeout_s = timeout_s
         self._max_unread_calls = max_unread_calls
         self.num_unread_calls = 0
@@ -41,14 +50,18 @@ class RequestReader(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        behaviour = self._of_stream(handler) if handler.request_streaming else self._of_one_message(handler)
+        behaviour = self._of_stream(handler) if handler.request_streaming else self._of_one_message(handler, handler_call_details.method)
         make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         return make(behaviour, request_deserializer=None, response_serializer=handler.response_serializer)
 
-    def _of_one_message(self, handler: Any) -> Any:
+    def _of_one_message(self, handler: Any, method: str) -> Any:
+        def deserialize(frame: bytes) -> Any:
+            check_num_ids(method, frame, max_model_len=self._max_model_len())
+            return handler.request_deserializer(frame)
+
         async def behaviour(_: Any, context: Context) -> Any:
             async with errors_as_status(context):
-                request = await self._read(context, handler.request_deserializer)
+                request = await self._read(context, deserialize)
                 if request is grpc.aio.EOF:
                     raise InvalidRequest("the call ended without a request message; send one", reason="NO_REQUEST")
             return await (handler.unary_stream if handler.response_streaming else handler.unary_unary)(request, context)

@@ -16,6 +16,7 @@ from zmq.utils.monitor import parse_monitor_message
 from quire.cluster.gateway.error_place import place_of
 from quire.cluster.gateway.request_stream import RequestStream, token_entries
 from quire.cluster.gateway.resubmission import MAX_LOSSES, end_what_has_ended, next_attempt
+from quire.common.curve import CurveKeys, keys_for, secure_client
 from quire.common.errors import InternalError, Overloaded, QuireError, Unavailable, error_from_code
 from quire.common.messages import (
     PROTOCOL_VERSION,
@@ -145,7 +146,10 @@ class SchedulerLink:
         gateway_id: str,
         on_change: Callable[[], None] = lambda: None,
         bounds: LinkBounds = DEFAULT_BOUNDS,
+        keys: CurveKeys | None = None,
     ) -> None:
+        """keys: of the cluster, for a scheduler that is reached by TCP"""
+        self._keys = keys
         self._gateway_id = gateway_id
         self._on_change = on_change  # called after each change of is_up
         self._bounds = bounds
@@ -200,9 +204,14 @@ class SchedulerLink:
         raise InternalError(text, reason="LINK_FAILED")
 
     async def connect(self, address: str) -> None:
-        """Use the scheduler at this address from now on; nothing happens if it is the one in use."""
+        """Use the scheduler at this address from now on; nothing happens if it is the one in use.
+
+        Raises:
+            ConfigError: it is on another machine, and this gateway has no cluster key.
+        """
         if address == self._address:
             return
+        keys_for(address, self._keys)
         await self._stop_reopening()
         await self._disconnect(f"the scheduler moved to {address}")
         self._address = address
@@ -270,6 +279,8 @@ class SchedulerLink:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        if (keys := keys_for(address, self._keys)) is not None:
+            secure_client(socket, keys)
         monitor = socket.get_monitor_socket(_EVENTS)
         loops: tuple[Coroutine[Any, Any, None], ...] = (self._watch(monitor), self._send(socket), self._receive(socket))
         self._tasks = [asyncio.create_task(loop) for loop in loops]

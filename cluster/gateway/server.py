@@ -40,6 +40,9 @@ MAX_CONNECTIONS: Final = 1024
 KEEPALIVE_TIME_MS: Final = 5_000
 KEEPALIVE_TIMEOUT_MS: Final = 3_000
 PING_TIMEOUT_MS: Final = 5_000
+# A connection that has not said that it speaks HTTP/2, or agreed on TLS, by then is closed; gRPC's own 120 s let a thousand silent
+# ones keep everybody else out for as long.
+HANDSHAKE_TIMEOUT_S: Final = 10.0
 # Clients may ping this often, calls or not; gRPC's own five minutes ends connections of clients that only look after theirs.
 MIN_CLIENT_PING_INTERVAL_MS: Final = 5_000
 MAX_CONNECTION_IDLE_MS: Final = 300_000
@@ -68,7 +71,6 @@ _OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_INTERVAL_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_connection_idle_ms", MAX_CONNECTION_IDLE_MS),
-    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
 )
 
 
@@ -84,15 +86,22 @@ class Server:
         access: Access,
         reader: RequestReader,
         max_call_s: float,
+        shares_port: bool = False,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
         max_connection_age_s: float = MAX_CONNECTION_AGE_S,
         connection_grace_s: float = CONNECTION_GRACE_S,
     ) -> None:
-        """max_call_s: what the longest call may take; one that runs when its connection ages is not cut off."""
-        ages = (
+        """
+        max_call_s: what the longest call may take; one that runs when its connection ages is not cut off
+        shares_port: other servers of this user may have the same port; else a second one fails
+        """
+        own = (
+            ("grpc.so_reuseport", int(shares_port)),
+            ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
             ("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)),
             ("grpc.max_connection_age_grace_ms", round((max_call_s + connection_grace_s) * 1000)),
         )
-        self._server = grpc.aio.server(options=(*_OPTIONS, *ages), interceptors=(access, reader))
+        self._server = grpc.aio.server(options=(*_OPTIONS, *own), interceptors=(access, reader))
         add_InferenceServiceServicer_to_server(inference, self._server)
         add_ClusterServiceServicer_to_server(cluster, self._server)
         add_HealthServicer_to_server(health, self._server)

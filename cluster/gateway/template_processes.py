@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from quire.cluster.gateway.template_child import MAX_CPU_S, MAX_MEMORY_BYTES, OUT_OF_MEMORY, encode_message
+from quire.common.child_process import public_environment
 from quire.common.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 
 # As many as there are threads for text work, so that none of these waits for a process.
@@ -195,6 +196,7 @@ class _Process:
             stdout=subprocess.PIPE,
             bufsize=0,
             cwd="/",
+            env=public_environment(),
             start_new_session=True,
         )
         self.takes_tools: dict[str, bool] = {}  # by the key of each template it knows

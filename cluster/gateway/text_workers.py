@@ -14,14 +14,19 @@ T = TypeVar("T")
 NUM_THREADS: Final = 2
 # Jobs that may wait or run: as many as requests may wait in the scheduler's queue.
 MAX_JOBS: Final = 4096
-# Longest wait for a job. A megabyte of text takes 0.6 s to tokenize (measured on a 2-core x86 machine, 2026-11-21); the rest
-# is for jobs that came before.
+# Longest wait for a job. A megabyte of text takes 0.3 s to tokenize, 0.4 s of the worst kind tried (2-core x86 machine,
+# 2026-11-25); the rest is for jobs that came before.
 JOB_TIMEOUT_S: Final = 10.0
 RETRY_AFTER_S: Final = 1.0
 
 
 class TextWorkers:
-    """A bounded pool of threads, and the processes in which their chat templates run."""
+    """A bounded pool of threads, and the processes in which their chat templates run.
+
+    A thread cannot be ended, so what a job may take is bounded by the size of its text (8 characters per token of the model's
+    length). Processes, which could be, do not pay: a tokenizer lets other threads run (tokenization._encode), its time grows with
+    the text and not faster, and three texts of a megabyte took two processes 1.4 s and two threads 0.9 s (2 cores, 2026-11-25).
+    """
 
     def __init__(self, *, num_threads: int = NUM_THREADS, max_jobs: int = MAX_JOBS, timeout_s: float = JOB_TIMEOUT_S) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="text")

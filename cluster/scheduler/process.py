@@ -18,6 +18,7 @@ from quire.cluster.scheduler.scheduler import Scheduler, SchedulerConfig
 from quire.common import metric_names as names
 from quire.common.child_process import enter_child
 from quire.common.clock import Clock, monotonic
+from quire.common.curve import CurveKeys, Doorman, keys_for, secure_server
 from quire.common.messages import (
     PROTOCOL_VERSION,
     AttachGroup,
@@ -68,6 +69,7 @@ class ProcessConfig:
     steps_address: str  # that ranks connect to
     control_address: str  # that the controller connects to
     log_level: str = "info"
+    curve: dict[str, str] | None = None  # CurveKeys of the cluster, for addresses that are TCP
 
 
 class SchedulerProcess:
@@ -77,10 +79,15 @@ class SchedulerProcess:
         self._scheduler = scheduler
         self._clock = clock
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._session = _router(context, config.session_address)
-        self._steps = _router(context, config.steps_address)
-        self._control = _router(context, config.control_address)
         self._poller = zmq.Poller()
+        keys = CurveKeys(**config.curve) if config.curve is not None else None
+        # Before any socket is bound: without it, whoever knows the scheduler's public key would be let in.
+        self._doorman = Doorman(context, keys) if keys is not None else None
+        if self._doorman is not None:
+            self._poller.register(self._doorman.socket, zmq.POLLIN)
+        self._session = _router(context, config.session_address, keys)
+        self._steps = _router(context, config.steps_address, keys)
+        self._control = _router(context, config.control_address, keys)
         self._handlers: dict[zmq.Socket[bytes], Callable[[bytes, bytes], None]] = {
             self._session: self._on_session,
             self._steps: self._on_steps,
@@ -105,6 +112,9 @@ class SchedulerProcess:
         """Wait for messages or for the next thing that time alone does, take them in, and send what follows."""
         timeout_s = min(self._scheduler.next_wake_s(self._clock()), MAX_POLL_S)
         for socket, _ in self._poller.poll(int(timeout_s * 1000) + 1):
+            if self._doorman is not None and socket is self._doorman.socket:
+                self._doorman.answer()
+                continue
             for _ in range(MAX_MESSAGES_PER_TURN):
                 try:
                     peer, frame = socket.recv_multipart(zmq.NOBLOCK)
@@ -234,8 +244,10 @@ def _warn_of_version(peer: bytes, version: int) -> None:
         log.error("%r speaks version %d, this scheduler %d; run one version of Quire on all hosts", peer, version, PROTOCOL_VERSION)
 
 
-def _router(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+def _router(context: "zmq.Context[zmq.Socket[bytes]]", address: str, keys: CurveKeys | None) -> "zmq.Socket[bytes]":
     socket = context.socket(zmq.ROUTER)
+    if (own_keys := keys_for(address, keys)) is not None:
+        secure_server(socket, own_keys)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to someone who is gone is an error, not a silent loss
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back under its name takes the place of its old link
     socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)

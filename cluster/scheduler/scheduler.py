@@ -117,6 +117,7 @@ class Scheduler:
         self._by_handle: dict[int, Request] = {}  # the same ones
         self._deadlines = Timers(lambda _, handle: handle in self._by_handle)
         self._unserved_since_s: dict[str, float] = {}  # by model
+        self._lost: dict[str, tuple[int, str]] = {}  # groups that were given up, until the controller answers: term, reason
         self._next_handle = 0
         self._counters: dict[str, GroupCounters] = {}  # by group; the controller bounds how many there are
         self._outbox = Outbox()
@@ -207,12 +208,22 @@ class Scheduler:
     # -- controller ---------------------------------------------------------------------------------------------------
 
     def attach(self, message: AttachGroup, now_s: float) -> None:
-        """Plan for this group from now on, once its ranks have said hello. A higher term replaces a lower one."""
+        """Plan for this group from now on, once its ranks have said hello. A higher term replaces a lower one.
+
+        A controller that was started anew attaches groups again under the terms that they have: it is told what it may have missed.
+        """
         former = self.groups.get(message.group_id)
+        lost_term, reason = self._lost.get(message.group_id, (0, ""))
+        if former is None and lost_term >= message.term:
+            self._outbox.to_controller.append(GroupLost(message.group_id, message.term, reason))
+            return
         if former is not None:
+            if former.term == message.term and former.is_ready:
+                self._report_ready(former)
             if former.term >= message.term:
                 return
             self._drop(former, now_s)
+        self._lost.pop(message.group_id, None)
         group = self.groups[message.group_id] = Group(message, ageing_s=self.config.ageing_s)
         group.counters = self._counters.setdefault(message.group_id, GroupCounters())
         group.note = self._note
@@ -220,18 +231,20 @@ class Scheduler:
 
     def detach(self, message: DetachGroup, now_s: float) -> None:
         """The group's term is over."""
+        self._lost.pop(message.group_id, None)
         group = self.groups.get(message.group_id)
         if group is not None and group.term == message.term:
             self._drop(group, now_s)
 
     def drain(self, message: DrainGroup) -> None:
-        """Give the group nothing new; say GroupDrained when nothing is left."""
+        """Give the group nothing new; say GroupDrained when nothing is left, and once more to who asks again."""
         group = self.groups.get(message.group_id)
         if group is not None and group.term == message.term:
             group.draining = True
+            group.drain_reported = False
             self._dispatcher.is_due = True
             self._tell_limits()
-            if not self._serving(group.model):
+            if not message.comes_back and not self._serving(group.model):
                 self._fail_new(group.model)
             self._report_if_drained(group)
 
@@ -265,18 +278,7 @@ class Scheduler:
         if group.is_ready:
             self._unserved_since_s.pop(group.model, None)
             self._dispatcher.is_due = True
-            ranks = tuple((rank, h.device, h.host, h.pid) for rank, h in sorted(group.hellos.items()))
-            self._outbox.to_controller.append(
-                GroupReady(
-                    group_id=group.group_id,
-                    term=group.term,
-                    num_gpu_blocks=group.pool.num_blocks,
-                    num_cpu_blocks=group.cpu_pool.num_blocks,
-                    block_bytes=max(h.block_bytes for h in group.hellos.values()),
-                    max_request_tokens=group.max_request_tokens,
-                    ranks=ranks,
-                )
-            )
+            self._report_ready(group)
             self._tell_limits()
 
     def next_plan(self, group_id: str, now_s: float) -> StepPlan | None:
@@ -594,7 +596,21 @@ class Scheduler:
     def _lose(self, group: Group, reason: str, now_s: float) -> None:
         """The group cannot go on: tell the controller, which ends its ranks. Clients are not told the reason: it is ours."""
         self._outbox.to_controller.append(GroupLost(group.group_id, group.term, reason))
+        self._lost[group.group_id] = group.term, reason
         self._drop(group, now_s)
+
+    def _report_ready(self, group: Group) -> None:
+        self._outbox.to_controller.append(
+            GroupReady(
+                group_id=group.group_id,
+                term=group.term,
+                num_gpu_blocks=group.pool.num_blocks,
+                num_cpu_blocks=group.cpu_pool.num_blocks,
+                block_bytes=max(h.block_bytes for h in group.hellos.values()),
+                max_request_tokens=group.max_request_tokens,
+                ranks=tuple((rank, h.device, h.host, h.pid) for rank, h in sorted(group.hellos.items())),
+            )
+        )
 
     def _drop(self, group: Group, now_s: float) -> None:
         del self.groups[group.group_id]

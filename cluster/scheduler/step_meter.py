@@ -4,6 +4,8 @@ from typing import Final
 
 # Weight of the newest measurement in a running mean: the mean follows a change within about ten steps.
 NEWEST_WEIGHT: Final = 0.2
+# The same for steps beside which copies run, which differ by little from others: of about fifty.
+COPIES_WEIGHT: Final = 0.04
 # Steps with fewer prompt tokens say little about the speed of prefill.
 MIN_PREFILL_TOKENS: Final = 32
 
@@ -17,7 +19,10 @@ class StepMeter:
         self._decode_step_s: float | None = None
         self._longest_s: float | None = None  # a step without copies, of any kind, slowly forgotten
         self._block_copy_s = block_bytes / copy_bytes_per_s if copy_bytes_per_s > 0 else 0.0
-        self._stolen_per_copy_s = 0.0
+        # Of steps beside which copies ran, the same mean of both: how much longer they took than without, and how many copies that
+        # was. Signed: most steps are slowed by less than they vary, and only of their sum something can be told.
+        self._inflation_s = 0.0
+        self._copies_beside = 0.0
 
     def observe(self, *, device_s: float, num_prefill_tokens: int, num_decoding: int, num_copies: int) -> None:
         """Take in one step."""
@@ -26,8 +31,8 @@ class StepMeter:
         expected_s = self.predict(num_prefill_tokens=num_prefill_tokens, num_decoding=num_decoding)
         if num_copies:
             if expected_s is not None:
-                stolen_s = max(0.0, device_s - expected_s) / num_copies
-                self._stolen_per_copy_s += NEWEST_WEIGHT * (stolen_s - self._stolen_per_copy_s)
+                self._inflation_s += COPIES_WEIGHT * (device_s - expected_s - self._inflation_s)
+                self._copies_beside += COPIES_WEIGHT * (num_copies - self._copies_beside)
             return  # a step slowed by copies says nothing about steps without them
         if not num_prefill_tokens:
             self._decode_step_s = _mean(self._decode_step_s, device_s)
@@ -64,7 +69,8 @@ class StepMeter:
 
     def swap_s(self, num_blocks: int, *, backlog: int) -> float:
         """GPU time that swapping so many blocks out and in takes from others, and the wait behind `backlog` copies under way."""
-        return 2 * num_blocks * self._stolen_per_copy_s + backlog * self._block_copy_s
+        per_copy_s = max(0.0, self._inflation_s) / self._copies_beside if self._copies_beside else 0.0
+        return 2 * num_blocks * per_copy_s + backlog * self._block_copy_s
 
     def _prefill_speed(self, num_tokens: int) -> float | None:
         if self._prefill_tokens_per_s is not None:

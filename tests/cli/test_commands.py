@@ -201,6 +201,27 @@ def test_drain_says_what_the_group_still_runs_and_waits_no_longer_than_told(serv
     assert (done.returncode, done.stderr) == (1, "quire: there is no group nobody\n")
 
 
+def test_scale_says_what_there_is_and_waits_no_longer_than_told(server: FakeServer) -> None:
+    model = server.groups[0].model
+    done = quire("scale", f"{model}=1", "--wait", "5", address=server.address)
+    assert (done.returncode, done.stdout) == (0, "group-0: READY, term 1\n" * 2)
+    done = quire("scale", f"{model}=0", "--wait", "0.1", address=server.address)
+    assert (done.returncode, done.stdout) == (1, f"{model} has no groups\ngroup-0: READY, term 1\n")
+    done = quire("scale", f"{model}=9", address=server.address)
+    assert (done.returncode, done.stderr) == (1, "quire: there is no place for so many\n")
+    done = quire("scale", "9", address=server.address)
+    assert (done.returncode, done.stderr.count("'9' is not MODEL=N")) == (2, 1)
+
+
+def test_restart_waits_until_the_group_was_restarted(server: FakeServer) -> None:
+    done = quire("restart", "group-0", address=server.address)
+    assert (done.returncode, done.stdout) == (0, "group-0: READY, term 1\n")
+    done = quire("restart", server.groups[0].model, "--wait", "0.1", address=server.address)
+    assert (done.returncode, done.stdout) == (1, "group-0: READY, term 1\n")
+    done = quire("restart", "nobody", address=server.address)
+    assert (done.returncode, done.stderr) == (1, "quire: there is no nobody\n")
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_bench_serve_reports_the_load(server: FakeServer, tmp_path: Path, as_json: bool) -> None:
     prompts = tmp_path / "prompts.txt"

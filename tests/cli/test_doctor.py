@@ -40,7 +40,7 @@ def test_a_machine_that_can_serve_is_told_so_line_by_line() -> None:
     [
         (("/nonexistent", *FREE), "/nonexistent is not a folder"),
         ((*FREE, "--kv-cache-memory", "900Ti"), "GiB available"),
-        (("--device", "cpu", "--listen", "0.0.0.0:0"), "0.0.0.0:0"),
+        (("--device", "cpu", "--listen", "0.0.0.0:0"), "reachable from other hosts"),
         ((*FREE, "--tensor-parallel-size", "7"), "cannot be split over 7 ranks"),
         (("--listen", "127.0.0.1:0", "--device", "cuda"), "no NVIDIA driver"),
     ],

@@ -30,6 +30,8 @@ async def test_it_answers_as_the_synchronous_client(server: FakeServer, client: 
         assert await client.cluster.queue() == other.cluster.queue()
         assert await client.cluster.blocks("group-0") == other.cluster.blocks("group-0")
         assert await client.cluster.drain("group-0") == other.cluster.drain("group-0")
+        assert await client.cluster.scale("m", 1) == other.cluster.scale("m", 1)
+        assert await client.cluster.restart(group_id="group-0") == other.cluster.restart(group_id="group-0")
     assert server.requests[0::2] == server.requests[1::2]
 
 

@@ -97,6 +97,12 @@ def test_the_cluster_calls(server: FakeServer, client: Client) -> None:
     with pytest.raises(NotFound) as caught:
         client.cluster.drain("other")
     assert caught.value.reason == "GROUP_NOT_FOUND"
+    assert [group.group_id for group in client.cluster.scale(group.model, 1)] == ["group-0"]
+    with pytest.raises(ConfigError, match="no place"):
+        client.cluster.scale(group.model, 99)
+    assert client.cluster.restart(group_id="group-0") == client.cluster.restart(model=group.model)
+    with pytest.raises(InvalidRequest, match="one of the two"):
+        client.cluster.restart(group_id="group-0", model=group.model)
 
 
 def test_cancel_reaches_the_server_and_ends_the_iteration(server: FakeServer, client: Client) -> None:

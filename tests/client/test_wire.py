@@ -219,7 +219,7 @@ RESPONSES: list[tuple[type[ProtoMessage], Callable[[Any], Any]]] = [
     (inference_pb2.GenerateStreamResponse, wire.delta),
     (inference_pb2.ListModelsResponse, wire.models),
     (inference_pb2.TokenizeResponse, wire.tokenized_prompt),
-    (cluster_pb2.ListGroupsResponse, wire.groups),
+    (cluster_pb2.ListGroupsResponse, lambda response: wire.groups(response.groups)),
     (cluster_pb2.GetQueueResponse, wire.queue),
     (cluster_pb2.GetBlocksResponse, wire.group_blocks),
 ]
@@ -287,4 +287,4 @@ def test_values_newer_than_this_sdk_are_unknown() -> None:
     response = inference_pb2.GenerateStreamResponse.FromString(b"\x30\x63")  # finish_reason = 99
     assert wire.delta(response).finish_reason == "unknown"
     groups = cluster_pb2.ListGroupsResponse.FromString(b"\x0a\x02\x18\x63")  # state = 99
-    assert wire.groups(groups)[0].state == "UNKNOWN"
+    assert wire.groups(groups.groups)[0].state == "UNKNOWN"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quire.common.child_process import start_child, stop_child
+from quire.common.child_process import SECRET_VARIABLES, start_child, stop_child
 
 TIMEOUT_S = 10.0
 POLL_S = 0.01
@@ -43,6 +43,19 @@ def test_a_child_is_stopped_by_sigterm_and_its_output_kept(tmp_path: Path, monke
     assert child.poll() is None
     assert stop_child(child) == -signal.SIGTERM
     assert stop_child(child) == -signal.SIGTERM  # again: it has ended, nothing happens
+
+
+def test_a_child_gets_a_secret_variable_only_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", SUPPORT)
+    for name in SECRET_VARIABLES:
+        monkeypatch.setenv(name, "planted")
+    for told, expected in (({}, set()), ({"QUIRE_API_KEY": "mine"}, {"QUIRE_API_KEY=mine"})):
+        child = start_child("sleeping_child", {"seconds": 60}, environ=told)
+        try:
+            environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode().split("\0")
+            assert {text for text in environment if text.startswith(SECRET_VARIABLES)} == expected
+        finally:
+            stop_child(child)
 
 
 def _wait_for_pid(pid_file: Path) -> int:

@@ -143,7 +143,7 @@ BAD_DETOKENIZE = [
     ([4096], "token id 4096; this model's ids are below 4096", "UNKNOWN_TOKEN_ID"),
     ([2**32 - 1], "token id 4294967295", "UNKNOWN_TOKEN_ID"),
     ([5] * 257, "token_ids has 257 entries; this model takes 256", "INVALID_REQUEST"),
-    ([5] * 10**6, "token_ids has 1000000 entries", "INVALID_REQUEST"),
+    ([5] * 10**6, "has more than 256 token ids, in 1000000 bytes", "INVALID_REQUEST"),
 ]
 
 

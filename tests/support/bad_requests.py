@@ -100,7 +100,7 @@ def _lengths() -> list[BadRequest]:
         BadRequest("text of one character too many", f"has {MAX_CHARS + 1} characters", prompt=(MARKER * 300)[: MAX_CHARS + 1], **long),
         BadRequest("text of too many tokens", r"prompt has \d+ tokens; this model takes 192", prompt=MARKER * 150, **long),
         BadRequest("more ids than positions", "prompt has 257 tokens; this model takes 256", prompt=(5,) * 257, **long),
-        BadRequest("a million ids", "prompt has 1000000 tokens", prompt=(5,) * 10**6, **long),
+        BadRequest("a million ids", "has more than 256 token ids, in 100000", prompt=(5,) * 10**6, **long),
         BadRequest("more ids than the pool holds", r"has 193 tokens; this model takes 192 \(max_request", prompt=(5,) * 193, **long),
         BadRequest("no room for a completion", "prompt has 192 tokens, which leaves none of 192", prompt=(5,) * 192, **long),
         BadRequest(

@@ -171,6 +171,19 @@ class FakeServer(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.C
         Failure(grpc.StatusCode.NOT_FOUND, f"there is no group {request.group_id}", reason="GROUP_NOT_FOUND").abort(context)
         raise AssertionError("abort raises")
 
+    def ScaleModel(self, request: cluster_pb2.ScaleModelRequest, context: grpc.ServicerContext) -> cluster_pb2.ScaleModelResponse:
+        self._record(request, context)
+        if request.group_count > len(self.groups):
+            Failure(grpc.StatusCode.FAILED_PRECONDITION, "there is no place for so many", reason="NO_PLACE").abort(context)
+        return cluster_pb2.ScaleModelResponse(groups=self.groups[: request.group_count])
+
+    def RestartGroups(self, request: cluster_pb2.RestartGroupsRequest, context: grpc.ServicerContext) -> cluster_pb2.RestartGroupsResponse:
+        self._record(request, context)
+        found = [group for group in self.groups if request.group_id == group.group_id or request.model == group.model]
+        if not found:
+            Failure(grpc.StatusCode.NOT_FOUND, f"there is no {request.group_id or request.model}", reason="NOT_FOUND").abort(context)
+        return cluster_pb2.RestartGroupsResponse(groups=found)
+
     def _check_health(self, request: StringValue, context: grpc.ServicerContext) -> Int32Value:
         if request.value not in ("", "quire.v1.InferenceService"):
             context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.value}")

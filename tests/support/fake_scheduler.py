@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from quire.cluster.rich_status import status_of
-from quire.common.errors import NotFound, StatusCode
+from quire.common.errors import ConfigError, NotFound, StatusCode
 from quire.common.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -358,6 +358,17 @@ class FakeController(DiscoveryServiceServicer, ClusterServiceServicer):
             await context.abort(*status_of(NO_GROUP))
         self.drained.append(request.group_id)
         return cluster_pb2.DrainGroupResponse(group=cluster_pb2.Group(group_id="g0", state=cluster_pb2.GROUP_STATE_DRAINING))
+
+    async def ScaleModel(self, request: cluster_pb2.ScaleModelRequest, context: Any) -> cluster_pb2.ScaleModelResponse:
+        if request.group_count > 2:
+            await context.abort(*status_of(ConfigError("there is no place for so many", reason="NO_PLACE")))
+        groups = [cluster_pb2.Group(group_id=f"g{index}", model=request.model) for index in range(request.group_count)]
+        return cluster_pb2.ScaleModelResponse(groups=groups)
+
+    async def RestartGroups(self, request: cluster_pb2.RestartGroupsRequest, context: Any) -> cluster_pb2.RestartGroupsResponse:
+        if request.group_id != "g0":
+            await context.abort(*status_of(NO_GROUP))
+        return cluster_pb2.RestartGroupsResponse(groups=[cluster_pb2.Group(group_id="g0", state=cluster_pb2.GROUP_STATE_DRAINING)])
 
 
 def tokenizer_files(tokenizer_json: str, config: dict[str, Any], chat_template: str | None = None) -> dict[str, bytes]:

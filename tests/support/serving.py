@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -25,7 +25,7 @@ _TAG: Final = "QUIRE_TEST_TAG"
 class ServeProcess:
     """A running `quire serve`; leaving the context ends it and everything of it."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> None:
         self.tag = uuid.uuid4().hex
         self.output_path = folder / "output"
         self.temporary = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: paths of sockets are
@@ -38,7 +38,7 @@ class ServeProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env={**os.environ, _TAG: self.tag, "TMPDIR": str(self.temporary)},
+                env={**os.environ, **(environ or {}), _TAG: self.tag, "TMPDIR": str(self.temporary)},
             )
 
     def __enter__(self) -> Self:
@@ -79,6 +79,11 @@ class ServeProcess:
     def process_of(self, module: str) -> int:
         """The process id of the one process that runs this module."""
         (pid,) = [pid for pid, command in self.processes().items() if f"-m {module} " in command]
+        return pid
+
+    def process_with(self, word: str) -> int:
+        """The process id of the one process with this word in its command line."""
+        (pid,) = [pid for pid, command in self.processes().items() if word in command]
         return pid
 
     def wait_gone(self, *, timeout_s: float) -> None:

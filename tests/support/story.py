@@ -185,8 +185,8 @@ class Story:
         self.scheduler.detach(DetachGroup(group_id, self.groups.pop(group_id).term, reason), self.now_s)
         self.deliver()
 
-    def drain(self, group_id: str = "g0") -> None:
-        self.scheduler.drain(DrainGroup(group_id, self.groups[group_id].term))
+    def drain(self, group_id: str = "g0", *, comes_back: bool = False) -> None:
+        self.scheduler.drain(DrainGroup(group_id, self.groups[group_id].term, comes_back))
         self.deliver()
 
     # -- gateway --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quire.worker import cuda_swap_pool
-from quire.worker.cuda_swap_pool import _neighbours, _pin
+from quire.worker.cuda_swap_pool import _neighbours, pin_slabs
 from quire.worker.kv_cache import KvCache
 
 KV_CACHE = KvCache(num_blocks=6, num_layers=1, num_kv_heads=1, block_size=4, head_dim=8, dtype=torch.float32, device="cpu")
@@ -22,7 +22,8 @@ def test_as_much_is_pinned_as_the_host_can_spare(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, available: int | None, num_blocks: int
 ) -> None:
     monkeypatch.setattr(cuda_swap_pool, "available_memory_bytes", lambda: available)
-    slabs = _pin(KV_CACHE, num_blocks=7, slab_blocks=3)
+    monkeypatch.setattr(cuda_swap_pool, "SLAB_BYTES", 3 * KV_CACHE.block_bytes)
+    slabs = pin_slabs(KV_CACHE, num_blocks=7)
     assert [len(slab) for slab in slabs] == [3, 3, 1][: len(slabs)]
     assert sum(map(len, slabs)) == num_blocks
     assert ("0 blocks instead of 7" in caplog.text) == (num_blocks == 0)

@@ -173,6 +173,12 @@ class LlamaModel:
         """What scores are multiplied with."""
         return float(self.config.head_dim**-0.5)
 
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer, on this rank."""
+        layer = self.weights.layers[0]
+        return sum(weight.numel() for weight in (layer.qkv, layer.output, layer.gate_up, layer.down))
+
     def forward(self, inputs: StepInputs, kv_cache: KvCache, *, logits_index: Tensor) -> Tensor:
         """Compute a step's tokens: their keys and values go to the cache, the logits of some of them come back.
 

@@ -55,6 +55,16 @@ class ClusterServiceStub(object):
                 request_serializer=quire_dot_v1_dot_cluster__pb2.DrainGroupRequest.SerializeToString,
                 response_deserializer=quire_dot_v1_dot_cluster__pb2.DrainGroupResponse.FromString,
                 _registered_method=True)
+        self.ScaleModel = channel.unary_unary(
+                '/quire.v1.ClusterService/ScaleModel',
+                request_serializer=quire_dot_v1_dot_cluster__pb2.ScaleModelRequest.SerializeToString,
+                response_deserializer=quire_dot_v1_dot_cluster__pb2.ScaleModelResponse.FromString,
+                _registered_method=True)
+        self.RestartGroups = channel.unary_unary(
+                '/quire.v1.ClusterService/RestartGroups',
+                request_serializer=quire_dot_v1_dot_cluster__pb2.RestartGroupsRequest.SerializeToString,
+                response_deserializer=quire_dot_v1_dot_cluster__pb2.RestartGroupsResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer(object):
@@ -89,6 +99,20 @@ class ClusterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleModel(self, request, context):
+        """Gives a model so many groups: starts new ones, or drains and removes the newest. Answers at once; watch their states.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestartGroups(self, request, context):
+        """Restarts groups one after the other: each finishes what it runs, and is ready again before the next begins. Answers at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +135,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.DrainGroup,
                     request_deserializer=quire_dot_v1_dot_cluster__pb2.DrainGroupRequest.FromString,
                     response_serializer=quire_dot_v1_dot_cluster__pb2.DrainGroupResponse.SerializeToString,
+            ),
+            'ScaleModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleModel,
+                    request_deserializer=quire_dot_v1_dot_cluster__pb2.ScaleModelRequest.FromString,
+                    response_serializer=quire_dot_v1_dot_cluster__pb2.ScaleModelResponse.SerializeToString,
+            ),
+            'RestartGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestartGroups,
+                    request_deserializer=quire_dot_v1_dot_cluster__pb2.RestartGroupsRequest.FromString,
+                    response_serializer=quire_dot_v1_dot_cluster__pb2.RestartGroupsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +256,60 @@ class ClusterService(object):
             '/quire.v1.ClusterService/DrainGroup',
             quire_dot_v1_dot_cluster__pb2.DrainGroupRequest.SerializeToString,
             quire_dot_v1_dot_cluster__pb2.DrainGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.ClusterService/ScaleModel',
+            quire_dot_v1_dot_cluster__pb2.ScaleModelRequest.SerializeToString,
+            quire_dot_v1_dot_cluster__pb2.ScaleModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestartGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.v1.ClusterService/RestartGroups',
+            quire_dot_v1_dot_cluster__pb2.RestartGroupsRequest.SerializeToString,
+            quire_dot_v1_dot_cluster__pb2.RestartGroupsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class ClusterServiceStub:
     """Describes the block pools of the groups."""
     DrainGroup: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainGroupRequest, _cluster_pb2.DrainGroupResponse]
     """Takes a group out of service: it finishes what it runs and gets nothing new. Answers at once; watch its state."""
+    ScaleModel: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ScaleModelRequest, _cluster_pb2.ScaleModelResponse]
+    """Gives a model so many groups: starts new ones, or drains and removes the newest. Answers at once; watch their states."""
+    RestartGroups: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RestartGroupsRequest, _cluster_pb2.RestartGroupsResponse]
+    """Restarts groups one after the other: each finishes what it runs, and is ready again before the next begins. Answers at once."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -55,6 +59,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Describes the block pools of the groups."""
     DrainGroup: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainGroupRequest, _cluster_pb2.DrainGroupResponse]  # type: ignore[assignment]
     """Takes a group out of service: it finishes what it runs and gets nothing new. Answers at once; watch its state."""
+    ScaleModel: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ScaleModelRequest, _cluster_pb2.ScaleModelResponse]  # type: ignore[assignment]
+    """Gives a model so many groups: starts new ones, or drains and removes the newest. Answers at once; watch their states."""
+    RestartGroups: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RestartGroupsRequest, _cluster_pb2.RestartGroupsResponse]  # type: ignore[assignment]
+    """Restarts groups one after the other: each finishes what it runs, and is ready again before the next begins. Answers at once."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows what a cluster does and takes groups out of service."""
@@ -90,5 +98,21 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.DrainGroupResponse, _abc.Awaitable[_cluster_pb2.DrainGroupResponse]]:
         """Takes a group out of service: it finishes what it runs and gets nothing new. Answers at once; watch its state."""
+
+    @_abc_1.abstractmethod
+    def ScaleModel(
+        self,
+        request: _cluster_pb2.ScaleModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ScaleModelResponse, _abc.Awaitable[_cluster_pb2.ScaleModelResponse]]:
+        """Gives a model so many groups: starts new ones, or drains and removes the newest. Answers at once; watch their states."""
+
+    @_abc_1.abstractmethod
+    def RestartGroups(
+        self,
+        request: _cluster_pb2.RestartGroupsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RestartGroupsResponse, _abc.Awaitable[_cluster_pb2.RestartGroupsResponse]]:
+        """Restarts groups one after the other: each finishes what it runs, and is ready again before the next begins. Answers at once."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -7,6 +7,8 @@ from quire.cluster.controller.groups import (
     MAX_PAUSE_S,
     MAX_RESTARTS_IN_A_ROW,
     STEADY_S,
+    Action,
+    AfterDrain,
     DrainAtScheduler,
     Group,
     GroupState,
@@ -14,6 +16,7 @@ from quire.cluster.controller.groups import (
     RankInfo,
     Reattach,
     RestartRanks,
+    StartRanks,
     StopRanks,
 )
 
@@ -136,3 +139,126 @@ def test_a_scheduler_takes_what_a_draining_group_was_to_finish_with_it() -> None
 def test_every_state_has_its_edges_listed_and_nothing_follows_the_last() -> None:
     assert EDGES.keys() == set(GroupState)
     assert EDGES[GroupState.STOPPED] == frozenset()
+
+
+def table_of(num_groups: int) -> GroupTable:
+    """A table with so many groups of model m, all ready."""
+    table = GroupTable()
+    actions = table.on_scale_asked("m", num_groups, tensor_parallel_size=1)
+    assert actions == [StartRanks(f"m-{index}") for index in range(num_groups)]
+    for index in range(num_groups):
+        assert become_ready(table, f"m-{index}") == []
+    return table
+
+
+def become_ready(table: GroupTable, group_id: str) -> list[Action]:
+    term = table.groups[group_id].term
+    return table.on_ready(group_id, term, ranks=RANKS, max_request_tokens=10, block_bytes=1, now_s=5.0)
+
+
+def states(table: GroupTable) -> dict[str, str]:
+    return {group_id: group.state.value for group_id, group in table.groups.items()}
+
+
+def test_scaling_up_adds_groups_whose_numbers_are_never_given_twice() -> None:
+    table = table_of(2)
+    assert table.on_scale_asked("m", 1, tensor_parallel_size=1) == [DrainAtScheduler("m-1")]
+    assert table.on_scale_asked("m", 3, tensor_parallel_size=1) == [StartRanks("m-2"), StartRanks("m-3")]
+    assert states(table) == {"m-0": "ready", "m-1": "draining", "m-2": "starting", "m-3": "starting"}
+    assert table.on_scale_asked("m", 3, tensor_parallel_size=1) == []
+    assert table.on_drained("m-1", 1) == [StopRanks("m-1", 1)]
+    table.on_gone("m-1")
+    assert "m-1" not in table.groups
+
+
+def test_scaling_down_takes_the_newest_first_and_those_that_start_at_once() -> None:
+    table = table_of(2)
+    table.on_scale_asked("m", 4, tensor_parallel_size=1)
+    actions = table.on_scale_asked("m", 1, tensor_parallel_size=1)
+    assert actions == [StopRanks("m-3", 1), StopRanks("m-2", 1), DrainAtScheduler("m-1")]
+    assert states(table) == {"m-0": "ready", "m-1": "draining", "m-2": "stopped", "m-3": "stopped"}
+    for group_id in ("m-3", "m-2"):
+        table.on_gone(group_id)
+    assert states(table) == {"m-0": "ready", "m-1": "draining"}
+    assert table.on_lost("m-1", 1, "died", now_s=9.0) == [StopRanks("m-1", 1, is_lost=True)]
+    assert not table.groups["m-1"].has_failed, "nobody wanted it any more"
+    table.on_gone("m-1")
+    assert table.on_scale_asked("m", 0, tensor_parallel_size=1) == [DrainAtScheduler("m-0")]
+
+
+def test_scaling_replaces_groups_that_stopped_or_drain_and_forgets_them() -> None:
+    table = table_of(3)
+    table.on_drain_asked("m-0")
+    table.on_drain_asked("m-1")
+    table.on_drained("m-0", 1)
+    table.on_gone("m-0")
+    assert states(table) == {"m-0": "stopped", "m-1": "draining", "m-2": "ready"}
+    assert table.on_scale_asked("m", 2, tensor_parallel_size=1) == [StartRanks("m-3")]
+    assert states(table) == {"m-1": "draining", "m-2": "ready", "m-3": "starting"}
+    table.on_drained("m-1", 1)
+    table.on_gone("m-1")
+    assert states(table) == {"m-2": "ready", "m-3": "starting"}
+
+
+def test_groups_of_another_model_are_left_alone() -> None:
+    table = table_of(1)
+    table.on_scale_asked("a/b", 2, tensor_parallel_size=2)
+    assert set(table.groups) == {"m-0", "a-b-0", "a-b-1"}
+    table.on_scale_asked("a/b", 0, tensor_parallel_size=2)
+    assert [group.group_id for group in table.wanted("m")] == ["m-0"]
+
+
+def test_a_rolling_restart_takes_one_group_after_the_other() -> None:
+    table = table_of(3)
+    assert table.on_restart_asked(["m-0", "m-1", "m-2"]) == [DrainAtScheduler("m-0", comes_back=True)]
+    assert table.on_restart_asked(["m-1", "m-0"]) == [], "asked for already"
+    for index in range(3):
+        assert [group.state for group in table.wanted("m")].count(GroupState.READY) == 2
+        assert table.on_drained(f"m-{index}", 1) == [RestartRanks(f"m-{index}", 1, 0.0, is_lost=False)]
+        following = become_ready(table, f"m-{index}")
+        assert following == ([DrainAtScheduler(f"m-{index + 1}", comes_back=True)] if index < 2 else [])
+    assert set(states(table).values()) == {"ready"}
+    assert [(group.term, group.num_restarts, group.num_failures) for group in table.wanted("m")] == [(2, 1, 0)] * 3
+    assert (table.to_restart, table.restarting) == ([], "")
+
+
+def test_a_restart_waits_for_groups_that_are_starting() -> None:
+    table = table_of(2)
+    table.on_lost("m-1", 1, "died", now_s=6.0)
+    assert table.on_restart_asked(["m-0", "m-1"]) == []
+    assert become_ready(table, "m-1") == [DrainAtScheduler("m-0", comes_back=True)]
+
+
+@pytest.mark.parametrize("death", ["rank", "scheduler"])
+def test_a_death_in_the_midst_of_a_restart_ends_its_drain(death: str) -> None:
+    table = table_of(2)
+    table.on_restart_asked(["m-0", "m-1"])
+    if death == "rank":
+        assert table.on_lost("m-0", 1, "died", now_s=9.0) == [RestartRanks("m-0", 1, 0.0)]
+        assert become_ready(table, "m-0") == [DrainAtScheduler("m-1", comes_back=True)]
+    else:
+        assert table.on_scheduler_lost() == [RestartRanks("m-0", 1, 0.0, is_lost=False), Reattach("m-1", 1)]
+        assert become_ready(table, "m-0") == [], "the other one is not ready yet"
+        assert become_ready(table, "m-1") == [DrainAtScheduler("m-1", comes_back=True)]
+
+
+def test_a_group_that_does_not_come_back_ends_the_rolling_restart() -> None:
+    table = table_of(2)
+    table.on_restart_asked(["m-0", "m-1"])
+    table.on_drained("m-0", 1)
+    for term in range(2, MAX_RESTARTS_IN_A_ROW + 2):
+        table.on_lost("m-0", term, "broken", now_s=7.0)
+    assert states(table) == {"m-0": "starting", "m-1": "ready"}
+    table.on_lost("m-0", table.groups["m-0"].term, "broken", now_s=7.0)
+    assert states(table) == {"m-0": "stopped", "m-1": "ready"}
+    assert table.to_restart == []
+
+
+def test_a_wish_to_drain_or_for_fewer_groups_goes_before_a_restart() -> None:
+    table = table_of(3)
+    table.on_restart_asked(["m-2", "m-1", "m-0"])
+    assert table.on_scale_asked("m", 2, tensor_parallel_size=1) == [DrainAtScheduler("m-2")]
+    assert table.groups["m-2"].after_drain is AfterDrain.REMOVE
+    assert table.on_drain_asked("m-1") == [DrainAtScheduler("m-1")]
+    assert table.on_drained("m-1", 1) == [StopRanks("m-1", 1)]
+    assert table.on_drained("m-2", 1) == [StopRanks("m-2", 1), DrainAtScheduler("m-0", comes_back=True)]

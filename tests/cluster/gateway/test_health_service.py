@@ -12,7 +12,7 @@ from gateway_parts import until
 from google.rpc import status_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from quire.cluster.gateway.health_service import HealthService
+from quire.cluster.gateway.health_service import LIVE, HealthService
 
 STATUS = HealthCheckResponse.ServingStatus
 
@@ -113,3 +113,14 @@ async def test_an_unknown_service_is_unknown() -> None:
     with pytest.raises(grpc.aio.AbortError):
         await health.Check(HealthCheckRequest(service="other"), context)
     assert context.aborted[0] is grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_process_lives_whatever_it_can_serve() -> None:
+    """What a liveness probe asks: NOT_SERVING there would end a gateway that only waits for a scheduler, or finishes its streams."""
+    health, watcher = HealthService([""]), Watcher()
+    for is_serving in (True, False):
+        health.set_serving(is_serving)
+        answer = await health.Check(HealthCheckRequest(service=LIVE), watcher)  # type: ignore[arg-type]
+        assert answer.status == HealthCheckResponse.SERVING
+    async with watching(health, watcher, service=LIVE):
+        await until(lambda: watcher.heard == ["SERVING"])

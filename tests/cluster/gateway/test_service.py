@@ -865,6 +865,12 @@ async def test_cluster_calls_are_passed_on_with_their_deadline_and_errors(runnin
     assert drained.group.state == cluster_pb2.GROUP_STATE_DRAINING
     error = await refusal(running.cluster.DrainGroup(cluster_pb2.DrainGroupRequest(group_id="g9")))
     assert (error.code(), error.details(), tuple(error.trailing_metadata() or ())) == status_of(NO_GROUP)
+    scaled = await running.cluster.ScaleModel(cluster_pb2.ScaleModelRequest(model="m", group_count=2))
+    assert [group.group_id for group in scaled.groups] == ["g0", "g1"]
+    error = await refusal(running.cluster.ScaleModel(cluster_pb2.ScaleModelRequest(model="m", group_count=3)))
+    assert (error.code(), error.details()) == (grpc.StatusCode.FAILED_PRECONDITION, "there is no place for so many")
+    restarted = await running.cluster.RestartGroups(cluster_pb2.RestartGroupsRequest(group_id="g0"))
+    assert [group.group_id for group in restarted.groups] == ["g0"]
     error = await refusal(running.cluster.GetQueue(cluster_pb2.GetQueueRequest(), timeout=0.2))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 

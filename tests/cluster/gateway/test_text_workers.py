@@ -1,13 +1,16 @@
 """The threads for text work: their bounds."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 
 import pytest
+from fake_scheduler import demo_files
 from gateway_parts import until
 
 from quire.cluster.gateway.text_workers import TextWorkers
+from quire.cluster.gateway.tokenization import PromptTokenizer
 from quire.common.errors import Overloaded, Unavailable
 
 
@@ -48,6 +51,27 @@ async def test_a_job_that_takes_too_long_is_given_up_but_counts_until_it_ends(ma
             return False
 
     await until(there_is_room)
+    workers.close()
+
+
+async def test_a_long_text_does_not_hold_up_the_loop() -> None:
+    """By shares, not by seconds: a tokenizer that kept Python to itself would pause the loop for nearly all of its time."""
+    files = demo_files()
+    tokenizer = PromptTokenizer(files["tokenizer.json"].decode(), json.loads(files["tokenizer_config.json"]))
+    text = "once upon a time there was a small dog " * 25_000
+    workers = TextWorkers()
+    loop = asyncio.get_running_loop()
+    shares = []
+    for _ in range(3):  # the machine's other work may take the loop's turns too
+        start_s = last_s = loop.time()
+        longest_s = 0.0
+        job = asyncio.create_task(workers.run(tokenizer.encode, text, add_special_tokens=False, parse_special_tokens=True))
+        while not job.done():
+            await asyncio.sleep(0.001)
+            longest_s, last_s = max(longest_s, loop.time() - last_s), loop.time()
+        assert len(await job) > 200_000
+        shares.append(longest_s / (last_s - start_s))
+    assert min(shares) < 0.5, shares
     workers.close()
 
 

@@ -18,6 +18,7 @@ from quire.common.messages import (
     PROTOCOL_VERSION,
     AttachGroup,
     DetachGroup,
+    DrainGroup,
     EndReason,
     Failed,
     Finished,
@@ -28,6 +29,7 @@ from quire.common.messages import (
     RowErrorCode,
     SamplingState,
     StepAck,
+    StepResult,
 )
 
 
@@ -454,6 +456,21 @@ def test_a_draining_group_finishes_what_runs_and_then_says_so() -> None:
     assert sum(isinstance(message, GroupDrained) for message in story.control) == 1
 
 
+def test_what_waits_for_a_group_that_comes_back_is_not_refused() -> None:
+    story = Story()
+    story.submit("a", [1, 2], max_tokens=6)
+    story.step()
+    story.submit("b", [3], max_tokens=2)
+    story.drain(comes_back=True)
+    story.run()
+    assert story.tokens["a"] == expected_completion([1, 2], SamplingState(), max_tokens=6)
+    assert sum(isinstance(message, GroupDrained) for message in story.control) == 1
+    assert "b" not in story.ends
+    story.attach("g0", term=2)
+    story.run()
+    assert story.tokens["b"] == expected_completion([3], SamplingState(), max_tokens=2)
+
+
 def test_a_group_is_ready_when_its_last_rank_is_there_and_the_smallest_decides() -> None:
     scheduler = Scheduler(CONFIG)
     scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 2, 4, 100, 8, 16), 0.0)
@@ -463,6 +480,29 @@ def test_a_group_is_ready_when_its_last_rank_is_there_and_the_smallest_decides()
     (ready,) = scheduler.take_outbox().to_controller
     assert isinstance(ready, GroupReady)
     assert (ready.num_gpu_blocks, ready.max_request_tokens) == (9, 36)
+
+
+def test_a_controller_that_was_started_anew_is_told_what_it_may_have_missed() -> None:
+    scheduler = Scheduler(CONFIG)
+    attach = AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, 4, 100, 8, 16)
+    scheduler.attach(attach, 0.0)
+    scheduler.rank_hello(hello(), 0.0)
+    first = scheduler.take_outbox().to_controller
+    scheduler.attach(attach, 1.0)
+    assert scheduler.take_outbox().to_controller == first, "ready"
+    for _ in range(2):
+        scheduler.drain(DrainGroup("g0", 1))
+        assert scheduler.take_outbox().to_controller == [GroupDrained("g0", 1)]
+    scheduler.rank_hello(hello(), 1.0)
+    scheduler.apply("g0", StepResult(1, 77), 1.0)
+    (lost,) = scheduler.take_outbox().to_controller
+    assert isinstance(lost, GroupLost)
+    scheduler.attach(attach, 2.0)
+    assert scheduler.take_outbox().to_controller == [lost]
+    scheduler.attach(msgspec.structs.replace(attach, term=2), 3.0)
+    scheduler.rank_hello(hello(term=2), 3.0)
+    (ready,) = scheduler.take_outbox().to_controller
+    assert isinstance(ready, GroupReady)
 
 
 @pytest.mark.parametrize(
