@@ -182,6 +182,8 @@ def gateway_spec(config: ServeConfig, discovery_address: str, *, cluster_key: st
         "log_level": config.log_level,
         "metrics_listen": config.metrics_listen or DEFAULT_METRICS_LISTEN["gateway"],
         "metrics_port_is_free": config.metrics_listen is None,
+        "otlp_endpoint": config.otlp_endpoint,
+        "trace_sample_ratio": config.trace_sample_ratio,
         # Absolute, for gateways start in another folder.
         **{name: None if path is None else str(Path(path).expanduser().absolute()) for name, path in paths.items()},
     }
