@@ -1,10 +1,16 @@
 """`quire top`: the view as lines, and the command in its own process."""
 
 import dataclasses
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
 
 import pytest
 from fake_inference_server import FakeServer
-from quire_command import quire
+from quire_command import QUIRE, environment, quire
 
 from quire.cli.block_map import ASCII_CHARACTERS, CHARACTERS, block_map
 from quire.cli.top import View, render
@@ -70,3 +76,34 @@ def test_a_cluster_that_is_not_there_is_said_in_one_line() -> None:
     done = quire("top", "--once", address="127.0.0.1:1", timeout_s=60)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_in_a_terminal_it_draws_again_and_again_until_ctrl_c(server: FakeServer) -> None:
+    terminal, inner = pty.openpty()
+    command = [*QUIRE, "top", "--every", "0.1"]
+    process = subprocess.Popen(
+        command,
+        stdin=inner,
+        stdout=inner,
+        env=environment(server.address, {"TERM": "xterm"}),
+        cwd="/",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    os.close(inner)
+    shown = b""
+    try:
+        deadline_s = time.monotonic() + 30
+        while shown.count(b"group-0") < 3 and time.monotonic() < deadline_s:
+            if select.select([terminal], [], [], 1.0)[0]:
+                shown += os.read(terminal, 65536)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        if select.select([terminal], [], [], 0)[0]:
+            shown += os.read(terminal, 65536)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+    assert shown.count(b"group-0") >= 3
+    assert shown.count(b"\x1b[H") >= 3, "each view goes over the one before"
+    assert shown.rstrip().endswith(b"\x1b[?25h"), "the cursor is back"
