@@ -190,10 +190,11 @@ def gateway_spec(config: ServeConfig, discovery_address: str, *, cluster_key: st
 
 
 def metrics_address(listen: str, index: int) -> str:
-    """Where gateway `index` of a machine shows its metrics: they share one address for requests, but each counts for itself."""
+    """Where gateway `index` of a machine shows its metrics: they share one address for requests, but each counts for itself. The
+    port after the first one's is left out: by default it is the controller's."""
     host, port = split_address(listen)
     shown = f"[{host}]" if ":" in host else host
-    return f"{shown}:{port + index if port else 0}"
+    return f"{shown}:{port + index + (index > 0) if port else 0}"
 
 
 def hold_address(listen: str) -> list[socket.socket]:

@@ -75,7 +75,7 @@ def test_a_name_belongs_to_the_first_block_that_took_it() -> None:
 
 def test_each_block_is_told_by_its_holders_and_its_state() -> None:
     pool = BlockPool(5, block_size=4)
-    cached, shared, held, very_shared = pool.allocate(4)
+    cached, shared, _, very_shared = pool.allocate(4)
     pool.publish(cached, b"a")
     pool.free([cached])
     pool.fork([shared])
