@@ -7,7 +7,7 @@ from typing import Final
 
 from quire.cli.serve import check_tokenizer
 from quire.cli.setting_flags import add_setting_arguments, read_settings
-from quire.cluster.controller.listen_address import check_listen_address
+from quire.cluster.controller.listen_address import check_listen_address, check_scheduler_address
 from quire.cluster.controller.ray_environment import prepare_joined_ray
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.config import plan_model
@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--discovery-listen", metavar="HOST:PORT", default="127.0.0.1:50050", help="where gateways ask (default: 127.0.0.1:50050)"
     )
+    parser.add_argument(
+        "--scheduler-listen",
+        metavar="IP:PORT",
+        help="where gateways of other hosts reach the scheduler, and ranks at the next port, encrypted; groups may be on any host of that "
+        "Ray then. When not given, all is on this host",
+    )
     parser.add_argument("--stop", action="store_true", help="end the controller that another process started there, and all of it")
     parser.add_argument("--ready-file", metavar="FILE", help="write the address of discovery here, as JSON, once every group is ready")
     add_setting_arguments(parser, without=_EDGE_SETTINGS)
@@ -53,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     config = read_settings(args)
     plan = plan_model(config.models[0])
     check_listen_address(args.discovery_listen, insecure=config.insecure)
+    if args.scheduler_listen is not None:
+        check_scheduler_address(args.scheduler_listen)
     check_tokenizer(plan)
     prepare_joined_ray()
     from quire.cluster.controller.joined_cluster import JoinedCluster, RayConnection
@@ -62,13 +70,16 @@ def run(args: argparse.Namespace) -> int:
     print(f"starting {plan.name} on Ray at {args.ray_address}", flush=True)
     with RayConnection(args.ray_address):
         stop.install()  # behind Ray, which puts handlers of its own
-        cluster = JoinedCluster(config, plan, stop, discovery_listen=args.discovery_listen)
+        cluster = JoinedCluster(config, plan, stop, discovery_listen=args.discovery_listen, scheduler_listen=args.scheduler_listen)
         try:
             address = cluster.start()
             if address:
                 if ready_file:
-                    write_json_atomically(ready_file, {"address": address, "metrics": {"controller": cluster.metrics_address}})
+                    found = {"address": address, "metrics": {"controller": cluster.metrics_address}, "cluster_key": cluster.cluster_key}
+                    write_json_atomically(ready_file, found)
                 print(f"ready: {plan.name}, discovery at {address} (Ctrl-C stops it)", flush=True)
+                if args.scheduler_listen is not None:
+                    print(f"key of gateways on other hosts: {cluster.cluster_key}", flush=True)
                 print(f"metrics: http://{cluster.metrics_address}/metrics", flush=True)
                 cluster.run()
             print("stopping; Ray stays", flush=True)

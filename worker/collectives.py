@@ -1,9 +1,11 @@
 """What the ranks of a group exchange inside a step, and how they find each other."""
 
+import fcntl
 import json
 import os
 import platform
 import socket
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,12 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quire.common.errors import Unavailable
 from quire.worker.collectives_gloo import GlooCollective
 from quire.worker.collectives_shared_memory import SharedMemoryCollective
 
 # Longest that ranks wait for each other, be it to load a model from a slower disk. One that died is noticed at once where
 # memory is shared; one that hangs is the scheduler's to notice, long before.
 WAIT_TIMEOUT_S: Final = 300.0
+_SIOCGIFADDR: Final = 0x8915  # linux/sockios.h
 
 
 class Collective(Protocol):
@@ -50,7 +54,8 @@ class _Identity:
     pid: int
     host: str
     machine: str
-    memory_domain: str  # equal where one process can map what another made: one kernel, one set of process ids; "" if unknown
+    # Equal where one process can map what another made: one kernel, one set of process ids; "" if unknown.
+    memory_domain: str
 
 
 def connect(*, rendezvous_path: Path, rank: int, size: int) -> Collective:
@@ -70,6 +75,42 @@ def connect(*, rendezvous_path: Path, rank: int, size: int) -> Collective:
     if all(other.host == own.host for other in ranks):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return GlooCollective(store, rank=rank, size=size, timeout_s=WAIT_TIMEOUT_S)
+
+
+def connect_hosts(*, rendezvous_address: str, host_address: str, rank: int, size: int) -> Collective:
+    """Meet the other ranks of a group on several hosts, over gloo.
+
+    rendezvous_address: IPv4 HOST:PORT of rank 0's host, where it listens
+    host_address: IPv4 address of this host for the others
+
+    Raises:
+        Unavailable: the others do not come, or no interface of this host has its address.
+    """
+    host, _, port = rendezvous_address.rpartition(":")
+    timeout = timedelta(seconds=WAIT_TIMEOUT_S)
+    # Rank 0 hands over a socket of its own: torch's would listen at every address of the host.
+    listener = socket.create_server((host, int(port))).detach() if rank == 0 else None
+    try:
+        store = dist.TCPStore(host, int(port), size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listener)  # type: ignore[attr-defined]
+    except (dist.DistError, RuntimeError) as error:
+        raise Unavailable(f"rank {rank} cannot meet the others at {rendezvous_address}: {error}", reason="RANK_LOST") from error
+    os.environ["GLOO_SOCKET_IFNAME"] = interface_of(host_address)
+    return GlooCollective(store, rank=rank, size=size, timeout_s=WAIT_TIMEOUT_S)
+
+
+def interface_of(address: str) -> str:
+    """The name of this host's network interface with an IPv4 address.
+
+    Raises:
+        Unavailable: none has it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                request = struct.pack("256s", name.encode())
+                if socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24]) == address:
+                    return name
+    raise Unavailable(f"no network interface of this host has the address {address}, by which Ray knows it", reason="NO_INTERFACE")
 
 
 def all_agree(collective: Collective | None, is_true: bool) -> bool:

@@ -77,7 +77,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
     torch.set_num_threads(spec.num_threads)
     torch.set_grad_enabled(False)
     end_phase("torch")
-    from quire.worker.collectives import Collective, connect
+    from quire.worker.collectives import Collective, connect, connect_hosts
     from quire.worker.cuda_swap_pool import pin_slabs
     from quire.worker.graphed_steps import GraphedSteps
     from quire.worker.kv_cache import KvCache
@@ -100,7 +100,15 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
         compiling.begin()
     collective: Collective | None = None
     if spec.tensor_parallel_size > 1:
-        collective = connect(rendezvous_path=Path(spec.rendezvous_path), rank=spec.rank, size=spec.tensor_parallel_size)
+        if spec.rendezvous_address:
+            collective = connect_hosts(
+                rendezvous_address=spec.rendezvous_address,
+                host_address=spec.host_address,
+                rank=spec.rank,
+                size=spec.tensor_parallel_size,
+            )
+        else:
+            collective = connect(rendezvous_path=Path(spec.rendezvous_path), rank=spec.rank, size=spec.tensor_parallel_size)
         at_end.callback(collective.close)
         _log.info("all %d ranks have met, over %s", spec.tensor_parallel_size, type(collective).__name__)
         end_phase("ranks")

@@ -29,6 +29,8 @@ class RankSpec:
     log_level: str
     report_path: str  # file for the reason of a failed start; "" for none
     rendezvous_path: str = ""  # file at which the ranks of the group meet, new for each term; "" for a group of one
+    rendezvous_address: str = ""  # HOST:PORT instead, where rank 0 listens for the others, for a group on several hosts
+    host_address: str = ""  # of this rank's host, by which the other hosts of the group reach it; "" for a group on one host
     dummy_weights: bool = False  # random weights of the right shapes instead of the folder's
     model_backend: str = "auto"  # auto, native or transformers
     curve: dict[str, str] | None = field(default=None, repr=False)  # CurveKeys of clients, if the scheduler's address is TCP

@@ -34,6 +34,7 @@ from quire.cluster.controller.groups import (
     StopRanks,
     restart_pause_s,
 )
+from quire.cluster.controller.listen_address import free_port_pair, split_address
 from quire.cluster.controller.metrics import ControllerMetrics
 from quire.cluster.controller.placement import placement_refusal
 from quire.cluster.controller.rank_actors import HEAD_RESOURCE, HEAD_SHARE, Child, RankActors, stop_child
@@ -76,6 +77,8 @@ PLACE_SETTLES_S: Final = 2.0
 PLACE_POLL_S: Final = 0.25
 # The scheduler's sockets.
 LINKS: Final = ("session", "steps", "control")
+# Those of them that other hosts connect to, in the order of their ports.
+_TCP_LINKS: Final = ("session", "steps")
 # Messages that may wait for the scheduler; there are a few per group and one per question.
 SEND_QUEUE_MESSAGES: Final = 1000
 
@@ -97,13 +100,21 @@ class _Controller:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, config: ServeConfig, plan: ModelPlan, run_folder: str, rank_resource: str, discovery_listen: str
+        self,
+        config: ServeConfig,
+        plan: ModelPlan,
+        run_folder: str,
+        rank_resource: str,
+        discovery_listen: str,
+        scheduler_listen: str | None = None,
     ) -> None:
         """Start the scheduler, the ranks and discovery, or take over those that a controller before this one started in the same
         folder. Does not wait for the groups.
 
         rank_resource: of which Ray resource a rank takes one
         discovery_listen: where discovery answers, HOST:PORT or unix:PATH; port 0 takes a free one, and keeps it
+        scheduler_listen: HOST:PORT at which gateways of other hosts reach the scheduler, and ranks at the next port; port 0 takes
+                          free ones; None: both are on this host
         """
         logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s controller: %(message)s")
         self._config = config
@@ -114,7 +125,7 @@ class _Controller:
         self._changed = asyncio.Condition()
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._scheduler: Any = None
-        self._ranks = RankActors(rank_resource)
+        self._ranks = RankActors(rank_resource, may_leave_head=scheduler_listen is not None)
         self._rank_resource = rank_resource
         self._scaling = asyncio.Lock()
         self._queries: dict[int, asyncio.Future[Status]] = {}
@@ -124,6 +135,10 @@ class _Controller:
         former = load_state(self._folder)
         self._state = former or DesiredState()
         self._table = self._state.table
+        self._scheduler_host = ""  # where it listens, if by TCP
+        if scheduler_listen is not None:
+            self._scheduler_host, port = split_address(scheduler_listen)
+            self._state.scheduler_port = self._state.scheduler_port or port or free_port_pair(self._scheduler_host)
         self._metrics = ControllerMetrics(self, num_schedulers=self._state.num_schedulers)
         self._pages = HttpPages({"/metrics": self._metrics.page})
         self._link = zmq.asyncio.Context.instance().socket(zmq.DEALER)
@@ -199,7 +214,8 @@ class _Controller:
     async def leave(self) -> str:
         """End everything that was started, on a Ray that stays; the run's folder, which is left to the caller. This actor is, too."""
         self._is_stopping = True
-        await asyncio.gather(*(self._ranks.end(group.group_id, is_lost=False) for group in self.groups()))
+        folder = str(self._folder)
+        await asyncio.gather(*(self._ranks.end(group.group_id, is_lost=False, folder=folder) for group in self.groups()))
         await asyncio.gather(*(self._ranks.end_leftovers(group.group_id) for group in self.groups()))
         if self._scheduler is not None:
             await stop_child(self._scheduler)
@@ -448,10 +464,10 @@ class _Controller:
         end = await self._ranks.first_end(group)
         if end is None or self._is_stopping:
             return
-        rank, code = end
+        rank, code, report = end
         why = f"rank {rank}'s actor died" if code is None else f"rank {rank} ended with code {code}"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            why = f"rank {rank}: {json.loads(self._report(group, rank).read_text())['error']}"
+        with contextlib.suppress(ValueError, KeyError):
+            why = f"rank {rank}: {json.loads(report)['error']}"
         current = self._table.groups[group.group_id]
         self._perform(self._table.on_lost(group.group_id, current.term, why, now_s=monotonic()))
 
@@ -545,13 +561,13 @@ class _Controller:
     # -- names ---------------------------------------------------------------------------------------------------------
 
     def _address(self, link: str) -> str:
+        if self._scheduler_host and link in _TCP_LINKS:
+            host = f"[{self._scheduler_host}]" if ":" in self._scheduler_host else self._scheduler_host
+            return f"tcp://{host}:{self._state.scheduler_port + _TCP_LINKS.index(link)}"
         return f"ipc://{self._folder}/{link}.sock"
 
     def _log(self, name: str) -> Path:
         return self._folder / "logs" / f"{name}.log"
-
-    def _report(self, group: Group, rank: int) -> Path:
-        return Path(self._rank_spec(group, rank)["report_path"])
 
 
 # Ray starts it anew where it dies; after so many deaths something is wrong that no restart mends. Calls are not repeated: whoever

@@ -19,6 +19,7 @@ from quire.cluster.controller.local_cluster import MAX_BASE_CHARS
 from quire.cluster.controller.rank_actors import HEAD_RESOURCE
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.config import ModelPlan, ServeConfig
+from quire.common.curve import CLIENT_KEY
 from quire.common.errors import AlreadyExists, NotFound, Unavailable
 
 # How long the controller may take to end what it started.
@@ -57,11 +58,14 @@ class RayConnection:
 class JoinedCluster:
     """Starts a controller in `start`; it lives on without this process, until `stop` or `leave_ray` of another one."""
 
-    def __init__(self, config: ServeConfig, plan: ModelPlan, stop: StopSignals, *, discovery_listen: str) -> None:
+    def __init__(
+        self, config: ServeConfig, plan: ModelPlan, stop: StopSignals, *, discovery_listen: str, scheduler_listen: str | None = None
+    ) -> None:
         self._config = config
         self._plan = plan
         self._stop = stop
         self._discovery_listen = discovery_listen
+        self._scheduler_listen = scheduler_listen
         self._controller: Any = None
         self._over: ActorWait
         self._folder: Path
@@ -83,7 +87,9 @@ class JoinedCluster:
         (folder / "logs").mkdir()
         rank_resource = "GPU" if self._plan.device == "cuda" else "CPU"
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
-        self._controller = options.remote(self._config, self._plan, str(folder), rank_resource, self._discovery_listen)
+        self._controller = options.remote(
+            self._config, self._plan, str(folder), rank_resource, self._discovery_listen, self._scheduler_listen
+        )
         try:
             address, self.metrics_address = ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
@@ -98,6 +104,11 @@ class JoinedCluster:
         if reason:
             raise Unavailable(f"{reason} (logs: {folder}/logs)")
         return str(address)
+
+    @property
+    def cluster_key(self) -> str:
+        """The file with the key that gateways of other hosts need."""
+        return str(self._folder / CLIENT_KEY)
 
     def run(self) -> None:
         """Wait for a signal, or for somebody else to end the controller.
@@ -149,11 +160,11 @@ def _find_controller() -> Any:
 
 
 def _check_head() -> None:
-    """Sockets of ours are files: the controller, the scheduler and the ranks of this version are on Ray's head, and so must we be."""
+    """The controller and the scheduler are on Ray's head, and their folder, which we look into, is there."""
     own_node = ray.get_runtime_context().get_node_id()
     heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD_RESOURCE in node["Resources"]]
     if heads != [own_node]:
-        text = "this host is not the head of that Ray; run quire controller on the head, where groups of this version run too"
+        text = "this host is not the head of that Ray; run quire controller on the head"
         raise Unavailable(text, reason="NOT_ON_HEAD")
 
 

@@ -2,8 +2,13 @@
 
 import ipaddress
 import socket
+from typing import Final
 
 from quire.common.errors import ConfigError
+
+MAX_PORT: Final = 65535
+# Free ports whose next one may be taken.
+MAX_PORT_TRIES: Final = 20
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -13,9 +18,55 @@ def split_address(address: str) -> tuple[str, int]:
         ConfigError: it is neither.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    if not host or not port.isdecimal() or int(port) > MAX_PORT:
         raise ConfigError(f"{address!r} is no address; it takes HOST:PORT, such as 127.0.0.1:50051")
     return host.strip("[]"), int(port)
+
+
+def check_scheduler_address(address: str) -> None:
+    """Refuse what the hosts of a cluster cannot connect to, or what is no address of this host.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    host, port = split_address(address)
+    try:
+        resolved = ipaddress.ip_address(host)
+    except ValueError:
+        raise ConfigError(f"scheduler_listen is {address!r}; it takes an IP address of this host, not a name") from None
+    if resolved.is_unspecified:
+        raise ConfigError(
+            f"scheduler_listen is {address!r}, to which nobody can connect; give the address by which other hosts reach this one"
+        )
+    if port == MAX_PORT:
+        raise ConfigError(f"scheduler_listen is {address!r}; ranks connect to the next port, and there is none")
+    try:
+        free_port_pair(host, port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address} and the next port: {error.strerror}; choose another scheduler_listen") from None
+
+
+def free_port_pair(host: str, port: int = 0) -> int:
+    """A port that is free together with the next one: `port` itself if it is not 0.
+
+    Raises:
+        OSError: there is none.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for attempt in range(MAX_PORT_TRIES):
+        with socket.socket(family, socket.SOCK_STREAM) as first, socket.socket(family, socket.SOCK_STREAM) as second:
+            for probe in (first, second):
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            first.bind((host, port))
+            found = int(first.getsockname()[1])
+            try:
+                second.bind((host, found + 1))
+            except (OSError, OverflowError):
+                if port or attempt + 1 == MAX_PORT_TRIES:
+                    raise
+                continue
+            return found
+    raise AssertionError("the last try returns or raises")
 
 
 def check_listen_address(address: str, *, insecure: bool, has_tls: bool = False, has_tokens: bool = False) -> None:

@@ -5,12 +5,15 @@ actor dies (common/child_process.py).
 """
 
 import asyncio
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from quire.cluster.controller.desired_state import has_state
+from quire.cluster.controller.listen_address import free_port_pair
 from quire.common.child_process import start_child, stop_child
 
 
@@ -19,12 +22,22 @@ class _ProcessActor:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
+        self._report_path: str | None = None
 
     async def start(self, module: str, spec: dict[str, Any], log_path: str) -> int:
         """Start `python -m module`; its process id. Its output is appended to `log_path` on its own host."""
         assert self._child is None, "one actor holds one child"
+        self._report_path = spec.get("report_path") or None
+        logs = Path(log_path).parent
+        logs.parent.mkdir(mode=0o700, exist_ok=True)  # on a host where the controller is not
+        logs.mkdir(exist_ok=True)
         self._child = start_child(module, spec, log_path=Path(log_path))
         return self._child.pid
+
+    async def meeting_place(self) -> tuple[str, str]:
+        """The address of this host in Ray's network, and HOST:PORT of a port that is free there."""
+        host = ray.util.get_node_ip_address()
+        return host, f"{host}:{free_port_pair(host)}"
 
     async def pid(self) -> int | None:
         """The process id of the child, dead or alive; None if none was started."""
@@ -34,6 +47,15 @@ class _ProcessActor:
         """Wait for the child's end; its exit code, negative for a signal."""
         assert self._child is not None, "start comes before wait"
         return await asyncio.get_running_loop().run_in_executor(None, self._child.wait)
+
+    async def report(self) -> str:
+        """What the child left at its report_path, on its own host; "" if nothing."""
+        return await asyncio.to_thread(_read, self._report_path)
+
+    async def remove_folder(self, folder: str) -> None:
+        """Remove a run's folder from this host, unless its controller is here, which does so by itself."""
+        if not has_state(Path(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     async def stop(self) -> int | None:
         """End the child in order; its exit code, None if none was started."""
@@ -47,6 +69,13 @@ class _ProcessActor:
             return None
         self._child.kill()
         return await asyncio.get_running_loop().run_in_executor(None, self._child.wait)
+
+
+def _read(path: str | None) -> str:
+    try:
+        return "" if path is None else Path(path).read_text()
+    except OSError:
+        return ""
 
 
 # max_restarts and max_task_retries stay 0: Ray restarts single actors, never a gang, and it would start a child twice.

@@ -25,9 +25,9 @@ PLACEMENT_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 15.0
 # How long the actors that a controller finds may take to say whether they have a child.
 ADOPTION_TIMEOUT_S: Final = 10.0
-# Ray's name for the node that its own store runs on. Sockets of ours are files there.
+# Ray's name for the node that its own store runs on. Controller and scheduler are there.
 HEAD_RESOURCE: Final = "node:__internal_head__"
-# Every rank, scheduler and controller asks for this much of it.
+# Scheduler and controller ask for this much of it, and so do ranks that reach the scheduler by a socket that is a file.
 HEAD_SHARE: Final = 0.001
 # How much of Ray's pool of resources a rank takes.
 RANK_SHARE: Final = 1.0
@@ -44,9 +44,13 @@ class Child:
 class RankActors:
     """The ranks of all groups. Calls for one group do not overlap, but for `end`, which ends what the others wait for."""
 
-    def __init__(self, rank_resource: str) -> None:
-        """rank_resource: of which Ray resource a rank takes one."""
+    def __init__(self, rank_resource: str, *, may_leave_head: bool = False) -> None:
+        """
+        rank_resource: of which Ray resource a rank takes one
+        may_leave_head: whether groups may be on other hosts than the scheduler
+        """
         self._rank_resource = rank_resource
+        self._may_leave_head = may_leave_head
         self._actors: dict[str, list[Any]] = {}
         self._places: dict[str, PlacementGroup] = {}
         self.placed: set[str] = set()  # groups whose place Ray has made
@@ -54,7 +58,9 @@ class RankActors:
     def free_on_nodes(self) -> dict[str, float]:
         """What each of Ray's nodes that can hold ranks has left for them, by node id. Asks Ray's store."""
         nodes = available_resources_per_node()
-        return {node: float(free.get(self._rank_resource, 0.0)) for node, free in nodes.items() if HEAD_RESOURCE in free}
+        return {
+            node: float(free.get(self._rank_resource, 0.0)) for node, free in nodes.items() if self._may_leave_head or HEAD_RESOURCE in free
+        }
 
     async def start(self, group: Group, children: Sequence[Child]) -> None:
         """Place the group's ranks together and start them.
@@ -62,8 +68,11 @@ class RankActors:
         Raises:
             Unavailable: Ray found no place, or they were ended meanwhile.
         """
-        bundles = [{self._rank_resource: RANK_SHARE, HEAD_RESOURCE: HEAD_SHARE}] * group.tensor_parallel_size
-        place = placement_group(bundles, strategy="STRICT_PACK", name=_place_name(group), lifetime="detached")
+        bundle = {self._rank_resource: RANK_SHARE} | ({} if self._may_leave_head else {HEAD_RESOURCE: HEAD_SHARE})
+        bundles = [bundle] * group.tensor_parallel_size
+        several = self._may_leave_head and await asyncio.to_thread(self._needs_several_hosts, group)
+        strategy = "PACK" if several else "STRICT_PACK"
+        place = placement_group(bundles, strategy=strategy, name=_place_name(group), lifetime="detached")
         self._places[group.group_id] = place
         try:
             await asyncio.wait_for(place.ready(), PLACEMENT_TIMEOUT_S)
@@ -85,14 +94,30 @@ class RankActors:
             )
             actors.append(options.remote())
         self._actors[group.group_id] = actors
-        starts = [
-            actor.start.remote("quire.worker.rank_process", child.spec, child.log_path)
-            for actor, child in zip(actors, children, strict=True)
-        ]
         try:
-            await asyncio.gather(*starts)
+            meeting = await self._meeting_specs(actors)
+            await asyncio.gather(
+                *(
+                    actor.start.remote("quire.worker.rank_process", child.spec | spec, child.log_path)
+                    for actor, child, spec in zip(actors, children, meeting, strict=True)
+                )
+            )
         except ray.exceptions.RayActorError as error:
             raise Unavailable(f"an actor for a rank died before the rank was started: {error}") from error
+
+    def _needs_several_hosts(self, group: Group) -> bool:
+        """Whether no host has as much as the group takes, used or not."""
+        most = max((node["Resources"].get(self._rank_resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+        return bool(most < group.tensor_parallel_size * RANK_SHARE)
+
+    async def _meeting_specs(self, actors: Sequence[Any]) -> list[dict[str, str]]:
+        """What ranks on several hosts must be told to find each other; those of one host meet at a file."""
+        if not self._may_leave_head or len(actors) == 1:
+            return [{}] * len(actors)
+        found = await asyncio.gather(*(actor.meeting_place.remote() for actor in actors))
+        if len({host for host, _ in found}) == 1:
+            return [{}] * len(actors)
+        return [{"rendezvous_address": found[0][1], "host_address": host} for host, _ in found]
 
     async def adopt(self, group: Group) -> bool:
         """Take the ranks that a controller before this one started under the group's ranks_term; whether all are there, each with a
@@ -110,8 +135,9 @@ class RankActors:
         self.placed.add(group.group_id)
         return True
 
-    async def first_end(self, group: Group) -> tuple[int, int | None] | None:
-        """Wait for the first rank that ends: which one, and its exit code, None if its actor died. None if we ended them ourselves."""
+    async def first_end(self, group: Group) -> tuple[int, int | None, str] | None:
+        """Wait for the first rank that ends: which one, its exit code, None if its actor died, and what it left as its report. None if
+        we ended them ourselves."""
         actors = self._actors.get(group.group_id)
         if actors is None:
             return None
@@ -121,10 +147,16 @@ class RankActors:
             end.cancel()
         return next(iter(done)).result() if self._actors.get(group.group_id) is actors else None
 
-    async def end(self, group_id: str, *, is_lost: bool) -> None:
-        """End a group's ranks and give their place back. is_lost: whatever they do, at once."""
+    async def end(self, group_id: str, *, is_lost: bool, folder: str | None = None) -> None:
+        """End a group's ranks and give their place back.
+
+        is_lost: whatever they do, at once
+        folder: the run's, for its end: removed from hosts where the controller is not
+        """
         actors = self._actors.pop(group_id, [])
         await asyncio.gather(*(stop_child(actor, is_lost=is_lost) for actor in actors))
+        if folder is not None:
+            await asyncio.gather(*(_remove_folder(actor, folder) for actor in actors))
         place = self._places.pop(group_id, None)
         self.placed.discard(group_id)
         await asyncio.to_thread(_give_back, actors, [place] if place is not None else [])
@@ -144,11 +176,16 @@ async def stop_child(actor: Any, *, is_lost: bool = False) -> None:
         await asyncio.wait_for(actor.kill.remote() if is_lost else actor.stop.remote(), STOP_TIMEOUT_S)
 
 
-async def _end_of(rank: int, actor: Any) -> tuple[int, int | None]:
+async def _remove_folder(actor: Any, folder: str) -> None:
+    with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
+        await asyncio.wait_for(actor.remove_folder.remote(folder), STOP_TIMEOUT_S)
+
+
+async def _end_of(rank: int, actor: Any) -> tuple[int, int | None, str]:
     try:
-        return rank, await actor.wait.remote()
+        return rank, await actor.wait.remote(), await actor.report.remote()
     except ray.exceptions.RayActorError:
-        return rank, None
+        return rank, None, ""
 
 
 def _actor_name(group: Group, rank: int) -> str:

@@ -1,6 +1,7 @@
 """The gateway process: `python -m quire.cluster.gateway.main`, started by common/child_process.start_child."""
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -55,6 +56,10 @@ STOP_GRACE_S: Final = 0.5
 # What a gateway has open at most: its connections, and its links, pipes and libraries. Many systems start processes with 1024, where
 # a thousand idle connections would leave no file for the next one, nor for the link to the scheduler.
 MAX_OPEN_FILES: Final = MAX_CONNECTIONS + 512
+
+# New objects after which Python looks for cycles among the youngest, and how often among the older ones. By its own 700, 10 and 10
+# the looks took more than half of the processor time of 10,000 calls at once: 4.6 s instead of 2.1 (2 cores, 2026-11-25).
+COLLECTION_THRESHOLDS: Final = (50_000, 20, 20)
 
 # The controller's files come in chunks below this; its tables are small.
 _CHANNEL_OPTIONS: Final = (
@@ -244,10 +249,12 @@ async def run(config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) 
         await gateway.stop()
         return 1
     log.info("pid %d listens on %s", os.getpid(), address)
+    gc.set_threshold(*COLLECTION_THRESHOLDS)
     watch = asyncio.create_task(gateway.watch())
     stopped, ready = asyncio.create_task(stop.wait()), asyncio.create_task(gateway.is_ready.wait())
     await asyncio.wait((watch, stopped, ready), return_when=asyncio.FIRST_COMPLETED)
     if ready.done():
+        gc.freeze()  # what is there by now stays
         write_json_atomically(report, {"address": address, "metrics_address": gateway.pages.address})
         await asyncio.wait((watch, stopped), return_when=asyncio.FIRST_COMPLETED)
     exit_code = 0
