@@ -32,6 +32,8 @@ SETTINGS: Final = (
     "start_timeout_s",
     "log_level",
     "metrics_listen",
+    "otlp_endpoint",
+    "trace_sample_ratio",
 )
 _DISCOVERY: Final = re.compile(r"unix:/.+|(\[[0-9a-fA-F:]+\]|[^:/\s]+):\d{1,5}")
 

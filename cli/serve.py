@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
             if ready_file:
                 write_json_atomically(ready_file, {"address": address, "metrics": cluster.metrics_addresses})
             print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
+            pages = [at for who, at in cluster.metrics_addresses.items() if who.startswith("gateway")]
+            print(f"watch: {f'http://{pages[0]}/ in a browser, or ' if pages else ''}{program} top", flush=True)
             print(f"metrics: {', '.join(f'http://{at}/metrics ({who})' for who, at in cluster.metrics_addresses.items())}", flush=True)
             print(f'try:   {program} generate --address {address}{client_flags(config)} "Once upon a time"', flush=True)
             cluster.run()

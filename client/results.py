@@ -180,6 +180,8 @@ class GroupBlocks:
     gpu_blocks: BlockPool
     cpu_blocks: BlockPool
     gpu_ref_counts: bytes  # holders of each block, by block id
+    gpu_states: bytes = b""  # of each block: 0 free, 1 cached, 2 held, 3 shared
+    cpu_states: bytes = b""  # likewise; held ones are those of preempted sequences
 
 
 @dataclass(frozen=True, slots=True)

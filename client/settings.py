@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from quire.client.trace_context import trace_metadata
 from quire.common.errors import ConfigError, InvalidRequest
 
 DEFAULT_PORT: Final = 50051
@@ -38,7 +39,7 @@ class ClientSettings:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes with every call."""
-        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+        return ((("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()) + trace_metadata()
 
 
 def resolve_settings(

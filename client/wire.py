@@ -333,6 +333,8 @@ def group_blocks(response: cluster_pb2.GetBlocksResponse) -> tuple[GroupBlocks, 
             gpu_blocks=_block_pool(blocks.gpu_blocks),
             cpu_blocks=_block_pool(blocks.cpu_blocks),
             gpu_ref_counts=blocks.gpu_ref_counts,
+            gpu_states=blocks.gpu_block_states,
+            cpu_states=blocks.cpu_block_states,
         )
         for blocks in response.groups
     )

@@ -103,6 +103,10 @@ class ServeConfig:
     controller_metrics_listen: str | None = _setting(
         None, "address of the controller's metrics, which are the scheduler's and the ranks' too; likewise with 9401"
     )
+    otlp_endpoint: str | None = _setting(
+        None, "OTLP collector that gateways send traces to by gRPC, such as http://127.0.0.1:4317; not given: no tracing"
+    )
+    trace_sample_ratio: float = _setting(1.0, "share of requests that are traced, from 0 to 1, where their client has not decided")
     log_level: str = _setting("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     scheduler_journal: str | None = _setting(None, "file for everything that the scheduler is told and plans, for `quire debug replay`")
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
@@ -352,6 +356,8 @@ def _check_ranges(config: ServeConfig) -> None:
         raise ConfigError(f"tls_cert is {config.tls_cert} and tls_key is {config.tls_key}; give both or neither")
     if config.tls_client_ca is not None and config.tls_cert is None:
         raise ConfigError(f"tls_client_ca is {config.tls_client_ca}, but there is no TLS without tls_cert and tls_key; give them too")
+    if not 0 <= config.trace_sample_ratio <= 1:
+        raise ConfigError(f"trace_sample_ratio is {config.trace_sample_ratio}; it must be from 0 to 1")
     for name, seconds in (
         ("request_timeout_s", config.request_timeout_s),
         ("drain_timeout_s", config.drain_timeout_s),

@@ -466,6 +466,7 @@ class StatusRequest(_Message, frozen=True):
     """Asks for a Status with the same query_id."""
 
     query_id: int
+    has_blocks: bool = True  # whether what is told block by block is wanted: it takes time to gather
 
 
 class GroupReady(_Message, frozen=True):
@@ -495,6 +496,15 @@ class GroupDrained(_Message, frozen=True):
     term: int
 
 
+class BlockState(enum.IntEnum):
+    """Of a block in a pool, as it is told block by block."""
+
+    FREE = 0
+    CACHED = 1
+    HELD = 2  # by one sequence
+    SHARED = 3  # by several
+
+
 class PoolStatus(_Part, frozen=True):
     total: int
     free: int
@@ -511,11 +521,13 @@ class GroupStatus(_Part, frozen=True):
     num_steps: int
     gpu: PoolStatus
     cpu: PoolStatus
-    gpu_ref_counts: bytes  # one byte per block, 255 for more
+    gpu_ref_counts: bytes  # one byte per block, 255 for more; empty if not asked for, as the states
     waste_ratio: float = 0.0  # of the slots of held blocks, those without a token
     samples: tuple[Sample, ...] = ()
     distributions: tuple[Distribution, ...] = ()
     ranks: tuple[tuple[int, tuple[Sample, ...]], ...] = ()  # what each rank last told in its StepAck
+    gpu_states: bytes = b""  # BlockState of each block, one byte per block
+    cpu_states: bytes = b""
 
 
 class QueueStatus(_Part, frozen=True):

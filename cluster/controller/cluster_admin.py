@@ -23,7 +23,7 @@ class SteeredController(Protocol):
     def groups(self) -> list[Group]: ...
     def models(self) -> list[str]: ...
     def plan(self, model: str) -> ModelPlan | None: ...
-    async def status(self) -> Status: ...
+    async def status(self, *, has_blocks: bool = False) -> Status: ...
     def drain(self, group_id: str) -> None: ...
     def restart(self, group_ids: list[str]) -> None: ...
     async def scale(self, plan: ModelPlan, num_groups: int) -> None: ...
@@ -60,7 +60,7 @@ class ClusterAdmin(cluster_pb2_grpc.ClusterServiceServicer):
     async def GetBlocks(self, request: cluster_pb2.GetBlocksRequest, context: Any) -> cluster_pb2.GetBlocksResponse:
         if request.HasField("group_id"):
             await self._find(request.group_id, context)
-        status = await self._status(context)
+        status = await self._status(context, has_blocks=True)
         return cluster_pb2.GetBlocksResponse(
             groups=[
                 cluster_pb2.GroupBlocks(
@@ -68,6 +68,8 @@ class ClusterAdmin(cluster_pb2_grpc.ClusterServiceServicer):
                     gpu_blocks=self._pool(group, gauges.gpu),
                     cpu_blocks=self._pool(group, gauges.cpu),
                     gpu_ref_counts=gauges.gpu_ref_counts,
+                    gpu_block_states=gauges.gpu_states,
+                    cpu_block_states=gauges.cpu_states,
                 )
                 for gauges in status.groups
                 if (group := self._controller.group(gauges.group_id)) is not None  # removed while we waited
@@ -123,9 +125,9 @@ class ClusterAdmin(cluster_pb2_grpc.ClusterServiceServicer):
         assert group is not None, "abort raises"
         return group
 
-    async def _status(self, context: Any) -> Status:
+    async def _status(self, context: Any, *, has_blocks: bool = False) -> Status:
         try:
-            return await self._controller.status()
+            return await self._controller.status(has_blocks=has_blocks)
         except QuireError as error:
             await context.abort(*status_of(error))
             raise

@@ -291,8 +291,8 @@ class _Controller:
     def plan(self, model: str) -> ModelPlan | None:
         return self._plan if model == self._plan.name else None
 
-    async def status(self) -> Status:
-        """The scheduler's gauges.
+    async def status(self, *, has_blocks: bool = False) -> Status:
+        """The scheduler's gauges; has_blocks: also what is told block by block.
 
         Raises:
             Unavailable: the scheduler does not answer.
@@ -302,7 +302,7 @@ class _Controller:
         self._queries[query_id] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                await self._link.send(encode(StatusRequest(query_id)))
+                await self._link.send(encode(StatusRequest(query_id, has_blocks)))
                 return await self._queries[query_id]
         except TimeoutError:
             text = f"the scheduler did not answer within {STATUS_TIMEOUT_S:g} s; try again"

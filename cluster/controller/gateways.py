@@ -182,16 +182,19 @@ def gateway_spec(config: ServeConfig, discovery_address: str, *, cluster_key: st
         "log_level": config.log_level,
         "metrics_listen": config.metrics_listen or DEFAULT_METRICS_LISTEN["gateway"],
         "metrics_port_is_free": config.metrics_listen is None,
+        "otlp_endpoint": config.otlp_endpoint,
+        "trace_sample_ratio": config.trace_sample_ratio,
         # Absolute, for gateways start in another folder.
         **{name: None if path is None else str(Path(path).expanduser().absolute()) for name, path in paths.items()},
     }
 
 
 def metrics_address(listen: str, index: int) -> str:
-    """Where gateway `index` of a machine shows its metrics: they share one address for requests, but each counts for itself."""
+    """Where gateway `index` of a machine shows its metrics: they share one address for requests, but each counts for itself. The
+    port after the first one's is left out: by default it is the controller's."""
     host, port = split_address(listen)
     shown = f"[{host}]" if ":" in host else host
-    return f"{shown}:{port + index if port else 0}"
+    return f"{shown}:{port + index + (index > 0) if port else 0}"
 
 
 def hold_address(listen: str) -> list[socket.socket]:

@@ -53,7 +53,15 @@ class Account:
 
 
 def make_submit(
-    request: ResolvedRequest, model: ServedModel, *, tenant: str, submit_id: str, block_size: int, time_left_s: float, age_s: float
+    request: ResolvedRequest,
+    model: ServedModel,
+    *,
+    tenant: str,
+    submit_id: str,
+    block_size: int,
+    time_left_s: float,
+    age_s: float,
+    trace: str = "",
 ) -> Submit:
     """The request for the scheduler, under the gateway's own id of it. Hashes the whole prompt: call it from a worker thread."""
     root = cache_root(model=model.name, adapter="", tenant_scope=tenant, cache_salt=request.cache_salt)
@@ -75,6 +83,7 @@ def make_submit(
         time_left_s=time_left_s,
         age_s=age_s,
         beam=counts.beam,
+        trace=trace,
     )
 
 

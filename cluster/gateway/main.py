@@ -38,9 +38,11 @@ from quire.cluster.gateway.server import (
     Server,
 )
 from quire.cluster.gateway.service import WRITE_STALL_TIMEOUT_S, InferenceService
+from quire.cluster.gateway.status_view import StatusView
 from quire.cluster.gateway.text_workers import TextWorkers
 from quire.cluster.gateway.tls import Certificates, TlsFiles
 from quire.cluster.gateway.tokens import TokenFile
+from quire.cluster.gateway.tracing import Tracing
 from quire.common.child_process import enter_child
 from quire.common.curve import CurveKeys
 from quire.common.errors import ConfigError, QuireError
@@ -86,6 +88,8 @@ class GatewayConfig:
     tls_client_ca: str | None = None  # PEM of who signs clients' certificates; None: clients need none
     metrics_listen: str | None = None  # "host:port" of the metrics page; None: none is served
     metrics_port_is_free: bool = False  # whether another port will do if that one is taken
+    otlp_endpoint: str | None = None  # of the collector that spans are sent to; None: no tracing
+    trace_sample_ratio: float = 1.0  # of requests whose client has not decided
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,7 @@ class Gateway:
         self._workers = TextWorkers()
         self.gate = CallGate(max_calls=bounds.max_calls)
         self.metrics = GatewayMetrics()
+        self._tracing = Tracing(config.otlp_endpoint, sample_ratio=config.trace_sample_ratio) if config.otlp_endpoint else None
         self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._update_health, bounds=bounds.link, keys=keys)
         self.watcher = DiscoveryWatcher(self._channel, self._workers, on_table=self._on_table, rng=random.Random())
         self.inference = InferenceService(
@@ -133,6 +138,7 @@ class Gateway:
             gate=self.gate,
             access=access,
             metrics=self.metrics,
+            tracing=self._tracing,
             request_timeout_s=config.request_timeout_s,
             write_stall_timeout_s=bounds.write_stall_timeout_s,
             finish_timeout_s=bounds.finish_timeout_s,
@@ -159,7 +165,7 @@ class Gateway:
             max_connection_age_s=bounds.max_connection_age_s,
             connection_grace_s=bounds.connection_grace_s,
         )
-        self.pages = GatewayPages(self.metrics, gate=self.gate, health=self.health)
+        self.pages = GatewayPages(self.metrics, StatusView(self._channel), gate=self.gate, health=self.health)
         self.is_ready = asyncio.Event()  # set once: a model is known and the scheduler said Welcome
 
     async def start(self) -> str:
@@ -200,6 +206,8 @@ class Gateway:
         """End what still runs and close every socket."""
         await self._server.stop(grace_s=STOP_GRACE_S)
         await self.pages.stop()
+        if self._tracing is not None:
+            await self._tracing.stop()
         await self.link.close()
         await self._channel.close()
         self._workers.close()

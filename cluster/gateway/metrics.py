@@ -40,6 +40,9 @@ class RequestRecord:
     first_token_s: float | None = None
     account: Account | None = None
     reason: EndReason | None = None
+    operation: str = "text_completion"  # or "chat"
+    trace_id: str = ""  # in hexadecimal; "" if the request is not traced
+    traceparent: str = ""  # W3C's, of its span
 
 
 class GatewayMetrics:
@@ -95,14 +98,15 @@ class GatewayMetrics:
 
     def _observe(self, record: RequestRecord, *, is_ok: bool) -> None:
         model, now_s = record.model, self._clock()
+        exemplar = {"trace_id": record.trace_id} if record.trace_id else None
         self._prompt_tokens.labels(model).inc(record.num_prompt_tokens)
         self._completion_tokens.labels(model).inc(record.num_received)
         if record.first_token_s is not None:
-            self._ttft.labels(model).observe(record.first_token_s - record.arrival_s)
+            self._ttft.labels(model).observe(record.first_token_s - record.arrival_s, exemplar)
         if not is_ok or record.account is None:
             return
         account = record.account
-        self._duration.labels(model).observe(now_s - record.arrival_s)
+        self._duration.labels(model).observe(now_s - record.arrival_s, exemplar)
         self._queue.labels(model, _PRIORITIES.get(record.priority, "other")).observe(account.spans.queue_s)
         self._cached_tokens.labels(model).inc(account.usage.num_cached_tokens)
         if account.num_preemptions:

@@ -5,8 +5,8 @@ import contextlib
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Callable
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Final
 
 from quire.cluster.gateway.access import Access
 from quire.cluster.gateway.answer_size import MIN_HEAD_BYTES, MIN_ID_BYTES, check_fits, check_num_bytes
@@ -24,6 +24,7 @@ from quire.cluster.gateway.scheduler_link import SchedulerLink, SchedulerStream
 from quire.cluster.gateway.served_model import ServedModel
 from quire.cluster.gateway.tenants import Caller
 from quire.cluster.gateway.text_workers import TextWorkers
+from quire.cluster.gateway.tracing import Tracing
 from quire.cluster.gateway.validation import (
     ResolvedRequest,
     chat_prompt,
@@ -64,6 +65,7 @@ class InferenceService(InferenceServiceServicer):
         gate: CallGate,
         access: Access,
         metrics: GatewayMetrics,
+        tracing: Tracing | None = None,
         request_timeout_s: float,
         write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S,
         finish_timeout_s: float = FINISH_TIMEOUT_S,
@@ -75,6 +77,7 @@ class InferenceService(InferenceServiceServicer):
         self._gate = gate
         self._access = access
         self._metrics = metrics
+        self._tracing = tracing
         self._quotas = Quotas()
         self._request_timeout_s = request_timeout_s
         self._write_stall_timeout_s = write_stall_timeout_s
@@ -82,7 +85,7 @@ class InferenceService(InferenceServiceServicer):
         self._clock = clock
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> inference_pb2.GenerateResponse:
-        async with self._call(context, is_counted=True) as call, self._generation(request, call, is_whole=True) as running:
+        async with self._call(context, counted_as="Generate") as call, self._generation(request, call, is_whole=True) as running:
             collected = _Collected()
             while running.generation.account is None:
                 news = await running.generation.next_news()
@@ -98,7 +101,7 @@ class InferenceService(InferenceServiceServicer):
     async def GenerateStream(  # type: ignore[override]  # written piece by piece, to notice a client that does not read
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> None:
-        async with self._call(context, is_counted=True) as call, self._generation(request, call, is_whole=False) as running:
+        async with self._call(context, counted_as="GenerateStream") as call, self._generation(request, call, is_whole=False) as running:
             is_first = True
             while running.generation.account is None:
                 news = await running.generation.next_news()
@@ -133,15 +136,26 @@ class InferenceService(InferenceServiceServicer):
     # -- what the calls share -----------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _call(self, context: Context, *, is_counted: bool = False) -> AsyncIterator["_Call"]:
-        """Around every call: the gate, the deadline, the mapping of errors; is_counted: it is a request, in metrics."""
+    async def _call(self, context: Context, *, counted_as: str = "") -> AsyncIterator["_Call"]:
+        """Around every call: the gate, the deadline, the mapping of errors; counted_as: a request's method, for metrics and traces."""
         record = RequestRecord(self._clock())
         async with errors_as_status(context):
-            with self._metrics.counted(record) if is_counted else contextlib.nullcontext():
+            with self._observed(record, context, method=counted_as) if counted_as else contextlib.nullcontext():
                 caller = self._access.caller_of(context)
                 call = _Call(caller, record, time_left_s=self._time_left_s(context))
                 async with self._inside(call):
                     yield call
+
+    @contextlib.contextmanager
+    def _observed(self, record: RequestRecord, context: Context, *, method: str) -> Iterator[None]:
+        """Count a request, and trace it if that is on."""
+        with self._metrics.counted(record):
+            if self._tracing is None:
+                yield
+                return
+            sent: Any = context.invocation_metadata()
+            with self._tracing.traced(record, {key: value for key, value in sent or () if isinstance(value, str)}, method=method):
+                yield
 
     @contextlib.asynccontextmanager
     async def _inside(self, call: "_Call") -> AsyncIterator[None]:
@@ -164,6 +178,8 @@ class InferenceService(InferenceServiceServicer):
         """Validate, tokenize, submit; on the way out cancel what has not ended, and log how it did."""
         model = self._table().find(request.model)
         call.record.model = model.name
+        if request.HasField("chat"):
+            call.record.operation = "chat"
         request_id = request_id_of(request)
         with (
             self._gate.hold_request_id(request_id, tenant=call.caller.tenant),
@@ -209,6 +225,7 @@ class InferenceService(InferenceServiceServicer):
             block_size=limits.block_size if limits else model.public.block_size,
             time_left_s=call.time_left_s - age_s,
             age_s=age_s,
+            trace=call.record.traceparent,
         )
         return resolved, completions, submit
 

@@ -445,7 +445,7 @@ class Group:
 
     # -- what others see ------------------------------------------------------------------------------------------------
 
-    def status(self) -> GroupStatus:
+    def status(self, *, has_blocks: bool = True) -> GroupStatus:
         return GroupStatus(
             group_id=self.group_id,
             term=self.term,
@@ -454,7 +454,9 @@ class Group:
             num_steps=self.num_steps_done,
             gpu=_pool_status(self.pool),
             cpu=_pool_status(self.cpu_pool),
-            gpu_ref_counts=self.pool.ref_counts(),
+            gpu_ref_counts=self.pool.ref_counts() if has_blocks else b"",
+            gpu_states=self.pool.states() if has_blocks else b"",
+            cpu_states=self.cpu_pool.states() if has_blocks else b"",
             waste_ratio=self._waste_ratio(),
             samples=self.counters.samples(),
             distributions=self.counters.distributions(),

@@ -182,7 +182,8 @@ class SchedulerProcess:
             case DrainGroup():
                 self._scheduler.drain(message)
             case StatusRequest():
-                self._scheduler.status(message.query_id, self._clock(), samples=own_samples(names.SCHEDULER_CPU, names.SCHEDULER_MEMORY))
+                samples = own_samples(names.SCHEDULER_CPU, names.SCHEDULER_MEMORY)
+                self._scheduler.status(message.query_id, self._clock(), has_blocks=message.has_blocks, samples=samples)
 
     def _send_plans(self, group_id: str, now_s: float) -> None:
         group = self._scheduler.groups.get(group_id)

@@ -248,8 +248,8 @@ class Scheduler:
                 self._fail_new(group.model)
             self._report_if_drained(group)
 
-    def status(self, query_id: int, now_s: float, *, samples: tuple[Sample, ...] = ()) -> None:
-        """Queue a Status for the controller. samples: of the process around us."""
+    def status(self, query_id: int, now_s: float, *, has_blocks: bool = True, samples: tuple[Sample, ...] = ()) -> None:
+        """Queue a Status for the controller. has_blocks: with what is told block by block; samples: of the process around us."""
         first = self.queue.first()
         queue = QueueStatus(
             num_waiting=len(self.queue),
@@ -260,7 +260,7 @@ class Scheduler:
             num_running_requests=sum(len(group.running) for group in self.groups.values()),
             num_waiting_by_priority=tuple(sorted(Counter(request.submit.priority for request in self.queue.all()).items())),
         )
-        groups = tuple(self.groups[group_id].status() for group_id in sorted(self.groups))
+        groups = tuple(self.groups[group_id].status(has_blocks=has_blocks) for group_id in sorted(self.groups))
         self._outbox.to_controller.append(Status(query_id, groups, queue, samples))
 
     # -- ranks --------------------------------------------------------------------------------------------------------

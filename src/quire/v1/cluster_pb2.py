@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from quire.v1 import inference_pb2 as quire_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16quire/v1/cluster.proto\x12\x08quire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18quire/v1/inference.proto\"\xf0\x02\n\x05Group\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.quire.v1.GroupState\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\x12\x15\n\rrestart_count\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x1d\n\x05ranks\x18\x08 \x03(\x0b\x32\x0e.quire.v1.Rank\x12\x1e\n\x16running_sequence_count\x18\t \x01(\r\x12\x1f\n\x17preempted_request_count\x18\n \x01(\r\x12,\n\ngpu_blocks\x18\x0b \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12,\n\ncpu_blocks\x18\x0c \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12\x12\n\nstep_count\x18\r \x01(\x04\"?\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\"\x84\x01\n\x0e\x42lockPoolState\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0c\n\x04held\x18\x04 \x01(\r\x12\x0e\n\x06shared\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\x04\"\x13\n\x11ListGroupsRequest\"5\n\x12ListGroupsResponse\x12\x1f\n\x06groups\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Group\"\x11\n\x0fGetQueueRequest\"\x8e\x02\n\x10GetQueueResponse\x12\x1d\n\x15waiting_request_count\x18\x01 \x01(\r\x12\x1b\n\x13waiting_token_count\x18\x02 \x01(\x04\x12!\n\x19max_waiting_request_count\x18\x03 \x01(\r\x12\x1f\n\x17max_waiting_token_count\x18\x04 \x01(\x04\x12.\n\x0boldest_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15running_request_count\x18\x06 \x01(\r\x12+\n\npriorities\x18\x07 \x03(\x0b\x32\x17.quire.v1.PriorityQueue\"T\n\rPriorityQueue\x12$\n\x08priority\x18\x01 \x01(\x0e\x32\x12.quire.v1.Priority\x12\x1d\n\x15waiting_request_count\x18\x02 \x01(\r\"6\n\x10GetBlocksRequest\x12\x15\n\x08group_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x0b\n\t_group_id\":\n\x11GetBlocksResponse\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.quire.v1.GroupBlocks\"\x93\x01\n\x0bGroupBlocks\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12,\n\ngpu_blocks\x18\x02 \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12,\n\ncpu_blocks\x18\x03 \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12\x16\n\x0egpu_ref_counts\x18\x04 \x01(\x0c\"%\n\x11\x44rainGroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\t\"4\n\x12\x44rainGroupResponse\x12\x1e\n\x05group\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Group\"7\n\x11ScaleModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bgroup_count\x18\x02 \x01(\r\"5\n\x12ScaleModelResponse\x12\x1f\n\x06groups\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Group\"E\n\x14RestartGroupsRequest\x12\x12\n\x08group_id\x18\x01 \x01(\tH\x00\x12\x0f\n\x05model\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\"8\n\x15RestartGroupsResponse\x12\x1f\n\x06groups\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Group*\x8d\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x15\n\x11GROUP_STATE_READY\x10\x02\x12\x18\n\x14GROUP_STATE_DRAINING\x10\x03\x12\x17\n\x13GROUP_STATE_STOPPED\x10\x04\x32\xc6\x03\n\x0e\x43lusterService\x12G\n\nListGroups\x12\x1b.quire.v1.ListGroupsRequest\x1a\x1c.quire.v1.ListGroupsResponse\x12\x41\n\x08GetQueue\x12\x19.quire.v1.GetQueueRequest\x1a\x1a.quire.v1.GetQueueResponse\x12\x44\n\tGetBlocks\x12\x1a.quire.v1.GetBlocksRequest\x1a\x1b.quire.v1.GetBlocksResponse\x12G\n\nDrainGroup\x12\x1b.quire.v1.DrainGroupRequest\x1a\x1c.quire.v1.DrainGroupResponse\x12G\n\nScaleModel\x12\x1b.quire.v1.ScaleModelRequest\x1a\x1c.quire.v1.ScaleModelResponse\x12P\n\rRestartGroups\x12\x1e.quire.v1.RestartGroupsRequest\x1a\x1f.quire.v1.RestartGroupsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16quire/v1/cluster.proto\x12\x08quire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18quire/v1/inference.proto\"\xf0\x02\n\x05Group\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.quire.v1.GroupState\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\x12\x15\n\rrestart_count\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x1d\n\x05ranks\x18\x08 \x03(\x0b\x32\x0e.quire.v1.Rank\x12\x1e\n\x16running_sequence_count\x18\t \x01(\r\x12\x1f\n\x17preempted_request_count\x18\n \x01(\r\x12,\n\ngpu_blocks\x18\x0b \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12,\n\ncpu_blocks\x18\x0c \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12\x12\n\nstep_count\x18\r \x01(\x04\"?\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\"\x84\x01\n\x0e\x42lockPoolState\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0c\n\x04held\x18\x04 \x01(\r\x12\x0e\n\x06shared\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\x04\"\x13\n\x11ListGroupsRequest\"5\n\x12ListGroupsResponse\x12\x1f\n\x06groups\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Group\"\x11\n\x0fGetQueueRequest\"\x8e\x02\n\x10GetQueueResponse\x12\x1d\n\x15waiting_request_count\x18\x01 \x01(\r\x12\x1b\n\x13waiting_token_count\x18\x02 \x01(\x04\x12!\n\x19max_waiting_request_count\x18\x03 \x01(\r\x12\x1f\n\x17max_waiting_token_count\x18\x04 \x01(\x04\x12.\n\x0boldest_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15running_request_count\x18\x06 \x01(\r\x12+\n\npriorities\x18\x07 \x03(\x0b\x32\x17.quire.v1.PriorityQueue\"T\n\rPriorityQueue\x12$\n\x08priority\x18\x01 \x01(\x0e\x32\x12.quire.v1.Priority\x12\x1d\n\x15waiting_request_count\x18\x02 \x01(\r\"6\n\x10GetBlocksRequest\x12\x15\n\x08group_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x0b\n\t_group_id\":\n\x11GetBlocksResponse\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.quire.v1.GroupBlocks\"\xc7\x01\n\x0bGroupBlocks\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12,\n\ngpu_blocks\x18\x02 \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12,\n\ncpu_blocks\x18\x03 \x01(\x0b\x32\x18.quire.v1.BlockPoolState\x12\x16\n\x0egpu_ref_counts\x18\x04 \x01(\x0c\x12\x18\n\x10gpu_block_states\x18\x05 \x01(\x0c\x12\x18\n\x10\x63pu_block_states\x18\x06 \x01(\x0c\"%\n\x11\x44rainGroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\t\"4\n\x12\x44rainGroupResponse\x12\x1e\n\x05group\x18\x01 \x01(\x0b\x32\x0f.quire.v1.Group\"7\n\x11ScaleModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bgroup_count\x18\x02 \x01(\r\"5\n\x12ScaleModelResponse\x12\x1f\n\x06groups\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Group\"E\n\x14RestartGroupsRequest\x12\x12\n\x08group_id\x18\x01 \x01(\tH\x00\x12\x0f\n\x05model\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\"8\n\x15RestartGroupsResponse\x12\x1f\n\x06groups\x18\x01 \x03(\x0b\x32\x0f.quire.v1.Group*\x8d\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x15\n\x11GROUP_STATE_READY\x10\x02\x12\x18\n\x14GROUP_STATE_DRAINING\x10\x03\x12\x17\n\x13GROUP_STATE_STOPPED\x10\x04\x32\xc6\x03\n\x0e\x43lusterService\x12G\n\nListGroups\x12\x1b.quire.v1.ListGroupsRequest\x1a\x1c.quire.v1.ListGroupsResponse\x12\x41\n\x08GetQueue\x12\x19.quire.v1.GetQueueRequest\x1a\x1a.quire.v1.GetQueueResponse\x12\x44\n\tGetBlocks\x12\x1a.quire.v1.GetBlocksRequest\x1a\x1b.quire.v1.GetBlocksResponse\x12G\n\nDrainGroup\x12\x1b.quire.v1.DrainGroupRequest\x1a\x1c.quire.v1.DrainGroupResponse\x12G\n\nScaleModel\x12\x1b.quire.v1.ScaleModelRequest\x1a\x1c.quire.v1.ScaleModelResponse\x12P\n\rRestartGroups\x12\x1e.quire.v1.RestartGroupsRequest\x1a\x1f.quire.v1.RestartGroupsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quire.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GROUPSTATE']._serialized_start=1720
-  _globals['_GROUPSTATE']._serialized_end=1861
+  _globals['_GROUPSTATE']._serialized_start=1772
+  _globals['_GROUPSTATE']._serialized_end=1913
   _globals['_GROUP']._serialized_start=95
   _globals['_GROUP']._serialized_end=463
   _globals['_RANK']._serialized_start=465
@@ -56,19 +56,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETBLOCKSRESPONSE']._serialized_start=1175
   _globals['_GETBLOCKSRESPONSE']._serialized_end=1233
   _globals['_GROUPBLOCKS']._serialized_start=1236
-  _globals['_GROUPBLOCKS']._serialized_end=1383
-  _globals['_DRAINGROUPREQUEST']._serialized_start=1385
-  _globals['_DRAINGROUPREQUEST']._serialized_end=1422
-  _globals['_DRAINGROUPRESPONSE']._serialized_start=1424
-  _globals['_DRAINGROUPRESPONSE']._serialized_end=1476
-  _globals['_SCALEMODELREQUEST']._serialized_start=1478
-  _globals['_SCALEMODELREQUEST']._serialized_end=1533
-  _globals['_SCALEMODELRESPONSE']._serialized_start=1535
-  _globals['_SCALEMODELRESPONSE']._serialized_end=1588
-  _globals['_RESTARTGROUPSREQUEST']._serialized_start=1590
-  _globals['_RESTARTGROUPSREQUEST']._serialized_end=1659
-  _globals['_RESTARTGROUPSRESPONSE']._serialized_start=1661
-  _globals['_RESTARTGROUPSRESPONSE']._serialized_end=1717
-  _globals['_CLUSTERSERVICE']._serialized_start=1864
-  _globals['_CLUSTERSERVICE']._serialized_end=2318
+  _globals['_GROUPBLOCKS']._serialized_end=1435
+  _globals['_DRAINGROUPREQUEST']._serialized_start=1437
+  _globals['_DRAINGROUPREQUEST']._serialized_end=1474
+  _globals['_DRAINGROUPRESPONSE']._serialized_start=1476
+  _globals['_DRAINGROUPRESPONSE']._serialized_end=1528
+  _globals['_SCALEMODELREQUEST']._serialized_start=1530
+  _globals['_SCALEMODELREQUEST']._serialized_end=1585
+  _globals['_SCALEMODELRESPONSE']._serialized_start=1587
+  _globals['_SCALEMODELRESPONSE']._serialized_end=1640
+  _globals['_RESTARTGROUPSREQUEST']._serialized_start=1642
+  _globals['_RESTARTGROUPSREQUEST']._serialized_end=1711
+  _globals['_RESTARTGROUPSRESPONSE']._serialized_start=1713
+  _globals['_RESTARTGROUPSRESPONSE']._serialized_end=1769
+  _globals['_CLUSTERSERVICE']._serialized_start=1916
+  _globals['_CLUSTERSERVICE']._serialized_end=2370
 # @@protoc_insertion_point(module_scope)

@@ -401,10 +401,16 @@ class GroupBlocks(_message.Message):
     GPU_BLOCKS_FIELD_NUMBER: _builtins.int
     CPU_BLOCKS_FIELD_NUMBER: _builtins.int
     GPU_REF_COUNTS_FIELD_NUMBER: _builtins.int
+    GPU_BLOCK_STATES_FIELD_NUMBER: _builtins.int
+    CPU_BLOCK_STATES_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     """The group's id."""
     gpu_ref_counts: _builtins.bytes
     """Number of holders of each block on the device, one byte per block, by block id. 0 is free or cached, 255 stands for more."""
+    gpu_block_states: _builtins.bytes
+    """State of each block on the device, one byte per block, by block id: 0 free, 1 cached, 2 held by one sequence, 3 held by several."""
+    cpu_block_states: _builtins.bytes
+    """The same of the swap pool, whose held blocks are those of preempted sequences."""
     @_builtins.property
     def gpu_blocks(self) -> Global___BlockPoolState:
         """Its pool on the device."""
@@ -420,10 +426,12 @@ class GroupBlocks(_message.Message):
         gpu_blocks: Global___BlockPoolState | None = ...,
         cpu_blocks: Global___BlockPoolState | None = ...,
         gpu_ref_counts: _builtins.bytes = ...,
+        gpu_block_states: _builtins.bytes = ...,
+        cpu_block_states: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cpu_blocks", b"cpu_blocks", "gpu_blocks", b"gpu_blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_blocks", b"cpu_blocks", "gpu_blocks", b"gpu_blocks", "gpu_ref_counts", b"gpu_ref_counts", "group_id", b"group_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_block_states", b"cpu_block_states", "cpu_blocks", b"cpu_blocks", "gpu_block_states", b"gpu_block_states", "gpu_blocks", b"gpu_blocks", "gpu_ref_counts", b"gpu_ref_counts", "group_id", b"group_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ class View:
         self._groups = [Group("g0", "m", 1, state=GroupState.READY, num_restarts=3), Group("g1", "m", 1)]
         self._plan = plan_model(ModelConfig(device="cpu"))
 
-    async def status(self) -> Status:
+    async def status(self, *, has_blocks: bool = False) -> Status:
         if self._status is None:
             raise Unavailable("the scheduler did not answer")
         return self._status

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from slow_block_pool import SlowBlockPool
 
 from quire.cluster.scheduler.block_pool import BlockPool, OutOfBlocks
+from quire.common.messages import BlockState
 
 ALL_NAMES: Final = [b"a", b"b", b"c", b"d", b"e"]
 NAMES: Final = st.sampled_from(ALL_NAMES)
@@ -70,6 +71,19 @@ def test_a_name_belongs_to_the_first_block_that_took_it() -> None:
     pool.free([second])
     assert pool.num_free == 1  # without a name of its own it is simply free
     pool.check()
+
+
+def test_each_block_is_told_by_its_holders_and_its_state() -> None:
+    pool = BlockPool(5, block_size=4)
+    cached, shared, _, very_shared = pool.allocate(4)
+    pool.publish(cached, b"a")
+    pool.free([cached])
+    pool.fork([shared])
+    for _ in range(299):
+        pool.fork([very_shared])
+    assert list(pool.ref_counts()) == [0, 2, 1, 255, 0]
+    assert list(pool.states()) == [BlockState.CACHED, BlockState.SHARED, BlockState.HELD, BlockState.SHARED, BlockState.FREE]
+    assert pool.num_shared == 2
 
 
 class PoolBesideItsTwin(RuleBasedStateMachine):
