@@ -25,7 +25,7 @@ def named(path: str) -> bool:
 
 
 def test_the_example_values_are_taken() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
     rendered = render(yaml.safe_load(block) | {"security": {"insecure": True}})
     assert rendered.one("Deployment")["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 2
 
