@@ -14,7 +14,17 @@ from quire.common.config import plan_model
 from quire.common.files import write_json_atomically
 
 # Settings of the edge, which other processes have.
-_EDGE_SETTINGS: Final = ("listen", "gateways", "token_file", "tls_cert", "tls_key", "tls_client_ca", "request_timeout_s", "drain_timeout_s")
+_EDGE_SETTINGS: Final = (
+    "listen",
+    "metrics_listen",
+    "gateways",
+    "token_file",
+    "tls_cert",
+    "tls_key",
+    "tls_client_ca",
+    "request_timeout_s",
+    "drain_timeout_s",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
             address = cluster.start()
             if address:
                 if ready_file:
-                    write_json_atomically(ready_file, {"address": address})
+                    write_json_atomically(ready_file, {"address": address, "metrics": {"controller": cluster.metrics_address}})
                 print(f"ready: {plan.name}, discovery at {address} (Ctrl-C stops it)", flush=True)
+                print(f"metrics: http://{cluster.metrics_address}/metrics", flush=True)
                 cluster.run()
             print("stopping; Ray stays", flush=True)
         finally:

@@ -31,6 +31,7 @@ SETTINGS: Final = (
     "drain_timeout_s",
     "start_timeout_s",
     "log_level",
+    "metrics_listen",
 )
 _DISCOVERY: Final = re.compile(r"unix:/.+|(\[[0-9a-fA-F:]+\]|[^:/\s]+):\d{1,5}")
 
@@ -78,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
             address = _wait_ready(gateways, stop, config, args.discovery)
             if address is not None:
                 if ready_file:
-                    write_json_atomically(ready_file, {"address": address})
+                    write_json_atomically(ready_file, {"address": address, "metrics": gateways.metrics_addresses})
                 print(f"ready: {config.gateways} gateway{'s' if config.gateways > 1 else ''} at {address} (Ctrl-C stops)", flush=True)
+                print(f"metrics: {', '.join(f'http://{at}/metrics ({who})' for who, at in gateways.metrics_addresses.items())}", flush=True)
                 print(f'try:   {own_command()} generate --address {address}{client_flags(config)} "Once upon a time"', flush=True)
             while not stop.is_set():
                 gateways.tend(time.monotonic())

@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
         address = cluster.start()
         if address:
             if ready_file:
-                write_json_atomically(ready_file, {"address": address})
+                write_json_atomically(ready_file, {"address": address, "metrics": cluster.metrics_addresses})
             print(f"ready: {plan.name} at {address} after {time.monotonic() - started_s:.1f} s (Ctrl-C stops it)", flush=True)
+            print(f"metrics: {', '.join(f'http://{at}/metrics ({who})' for who, at in cluster.metrics_addresses.items())}", flush=True)
             print(f'try:   {program} generate --address {address}{client_flags(config)} "Once upon a time"', flush=True)
             cluster.run()
         print(f"stopping (streams get up to {config.drain_timeout_s:g} s to finish; Ctrl-C again ends them)", flush=True)

@@ -36,6 +36,8 @@ _MAX_NAMED_RANKS: Final = 64
 
 # More gateways than a machine has use for: each takes some 100 MiB, and a core when it is busy.
 MAX_GATEWAYS: Final = 64
+# Where metrics are served when nobody says. If that port is taken, by another cluster on this machine for one, a free one is.
+DEFAULT_METRICS_LISTEN: Final = {"gateway": "127.0.0.1:9400", "controller": "127.0.0.1:9401"}
 
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -95,6 +97,12 @@ class ServeConfig:
     request_timeout_s: float = _setting(600.0, "seconds that a request without a deadline may take")
     drain_timeout_s: float = _setting(30.0, "seconds that running streams get to finish after SIGTERM")
     start_timeout_s: float = _setting(600.0, "seconds until every group must be ready")
+    metrics_listen: str | None = _setting(
+        None, "address of the gateway's metrics and status page; 127.0.0.1:9400 when not given, or a free port if that is taken"
+    )
+    controller_metrics_listen: str | None = _setting(
+        None, "address of the controller's metrics, which are the scheduler's and the ranks' too; likewise with 9401"
+    )
     log_level: str = _setting("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     scheduler_journal: str | None = _setting(None, "file for everything that the scheduler is told and plans, for `quire debug replay`")
     models: tuple[ModelConfig, ...] = (ModelConfig(),)

@@ -96,6 +96,23 @@ class Logprobs(_Part, frozen=True):
     top_logprobs: tuple[tuple[float, ...], ...]
 
 
+class Sample(_Part, frozen=True):
+    """One number for metrics. `labels` are the metric's last ones; those of its group, and its rank, come from where it is found."""
+
+    metric: str  # its name in common/metric_names.py
+    labels: tuple[str, ...]
+    value: float
+
+
+class Distribution(_Part, frozen=True):
+    """One histogram for metrics, labelled likewise."""
+
+    metric: str
+    labels: tuple[str, ...]
+    counts: tuple[int, ...]  # by bucket, one more than the metric has edges
+    total: float  # sum of what was observed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # steps: scheduler <-> ranks
 
@@ -230,7 +247,7 @@ class StepAck(_Message, frozen=True):
     copies_done: tuple[int, ...] = ()
     error: str = ""  # not empty: the rank cannot go on and exits
     checksum: int = 0
-    gauges: dict[str, float] = {}
+    gauges: tuple[Sample, ...] = ()  # of the rank, now and then; they replace those that it told before
     copies_failed: tuple[int, ...] = ()  # copies that ended without success; their target's contents are undefined
 
 
@@ -495,6 +512,10 @@ class GroupStatus(_Part, frozen=True):
     gpu: PoolStatus
     cpu: PoolStatus
     gpu_ref_counts: bytes  # one byte per block, 255 for more
+    waste_ratio: float = 0.0  # of the slots of held blocks, those without a token
+    samples: tuple[Sample, ...] = ()
+    distributions: tuple[Distribution, ...] = ()
+    ranks: tuple[tuple[int, tuple[Sample, ...]], ...] = ()  # what each rank last told in its StepAck
 
 
 class QueueStatus(_Part, frozen=True):
@@ -513,7 +534,7 @@ class Status(_Message, frozen=True):
     query_id: int
     groups: tuple[GroupStatus, ...]
     queue: QueueStatus
-    gauges: dict[str, float] = {}  # of the scheduler and, through StepAck, of its ranks; for metrics
+    samples: tuple[Sample, ...] = ()  # of the scheduler's process
 
 
 ControlDown = AttachGroup | DetachGroup | DrainGroup | StatusRequest

@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -14,6 +15,7 @@ from quire.common.curve import CurveKeys, keys_for, secure_client
 from quire.common.errors import InternalError
 from quire.common.messages import RankHello, StepAck, StepPlan, decode_rank_down, encode
 from quire.worker.launched_step import LaunchedStep
+from quire.worker.rank_gauges import RankGauges
 from quire.worker.rank_spec import RankSpec
 from quire.worker.runner import Runner
 
@@ -34,8 +36,10 @@ SEND_TIMEOUT_S: Final = 5.0
 class RankLoop:
     """The link to the scheduler and what comes through it."""
 
-    def __init__(self, spec: RankSpec, runner: Runner) -> None:
+    def __init__(self, spec: RankSpec, runner: Runner, *, phases_s: Mapping[str, float] | None = None) -> None:
+        """phases_s: what the phases of the rank's start took, which it tells with its gauges."""
         self._spec = spec
+        self._gauges = RankGauges(spec.device, phases_s or {})
         self._runner = runner
         self._term = spec.term
         self._next_step_id = 0
@@ -142,7 +146,8 @@ class RankLoop:
         result, ack = step.finish()
         if self._spec.rank == 0:
             link.send(encode(result))
-        link.send(encode(ack))
+        gauges = self._gauges.due()
+        link.send(encode(msgspec.structs.replace(ack, gauges=gauges) if gauges else ack))
 
     def _check_order(self, plan: StepPlan) -> None:
         """Steps of a term are dense. A higher term starts anew: its scheduler knows nothing of the rows held here."""

@@ -37,7 +37,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading, there is nothing to finish
     with ExitStack() as at_end:
         try:
-            runner, hello = _load(spec, at_end)
+            runner, hello, phases_s = _load(spec, at_end)
         except QuireError as error:
             _log.error("%s", error.message)
             _report(spec, error.message)
@@ -49,11 +49,12 @@ def main() -> int:
 
         from quire.worker.rank_loop import RankLoop
 
-        return RankLoop(spec, runner).run(hello)
+        return RankLoop(spec, runner, phases_s=phases_s).run(hello)
 
 
-def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
-    """Everything between the specification and the hello, logged by phase. `at_end` lets go of the other ranks.
+def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[str, float]]":
+    """Everything between the specification and the hello, logged by phase, and what each phase took. `at_end` lets go of the
+    other ranks.
 
     Raises:
         ConfigError: this model cannot be served with these settings on this host.
@@ -194,7 +195,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello]":
         host=socket.gethostname(),
         pid=os.getpid(),
     )
-    return runner, hello
+    return runner, hello, dict(phases)
 
 
 def _compile_ahead(spec: RankSpec, folder: ModelFolder) -> "CompileAhead | None":

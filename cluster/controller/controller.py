@@ -34,15 +34,17 @@ from quire.cluster.controller.groups import (
     StopRanks,
     restart_pause_s,
 )
+from quire.cluster.controller.metrics import ControllerMetrics
 from quire.cluster.controller.placement import placement_refusal
 from quire.cluster.controller.rank_actors import HEAD_RESOURCE, HEAD_SHARE, Child, RankActors, stop_child
 from quire.cluster.controller.scheduler_actor import find_scheduler, start_scheduler
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.clock import monotonic
-from quire.common.config import ModelPlan, ServeConfig
+from quire.common.config import DEFAULT_METRICS_LISTEN, ModelPlan, ServeConfig
 from quire.common.curve import CurveKeys, keys_for, secure_client
 from quire.common.errors import Unavailable
+from quire.common.http_pages import HttpPages
 from quire.common.messages import (
     PROTOCOL_VERSION,
     AttachGroup,
@@ -122,6 +124,8 @@ class _Controller:
         former = load_state(self._folder)
         self._state = former or DesiredState()
         self._table = self._state.table
+        self._metrics = ControllerMetrics(self, num_schedulers=self._state.num_schedulers)
+        self._pages = HttpPages({"/metrics": self._metrics.page})
         self._link = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._link.setsockopt(zmq.IDENTITY, CONTROLLER_IDENTITY)
         self._link.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
@@ -141,6 +145,7 @@ class _Controller:
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterAdmin(self), self._server)
         self.discovery = self._bind(discovery_listen)
         await self._server.start()
+        self.metrics = await self._bind_metrics()
 
     def _bind(self, listen: str) -> str:
         """Bind discovery; its address."""
@@ -153,11 +158,22 @@ class _Controller:
         save_state(self._folder, self._state)
         return f"{host}:{self._state.discovery_port}"
 
+    async def _bind_metrics(self) -> str:
+        """Serve the metrics page; its address."""
+        asked = self._config.controller_metrics_listen
+        listen = asked or DEFAULT_METRICS_LISTEN["controller"]
+        if self._state.metrics_port:  # of the controller before this one
+            listen = f"{listen.rpartition(':')[0]}:{self._state.metrics_port}"
+        address = await self._pages.start(listen, may_move=asked is None)
+        self._state.metrics_port = int(address.rpartition(":")[2])
+        save_state(self._folder, self._state)
+        return address
+
     # -- for `quire serve` and `quire controller` ----------------------------------------------------------------------
 
-    async def wait_listening(self) -> str:
-        """The address of discovery, once it answers. What keeps it from that is raised here, by Ray."""
-        return self.discovery
+    async def wait_listening(self) -> tuple[str, str]:
+        """The addresses of discovery and of the metrics, once they answer. What keeps them from that is raised here, by Ray."""
+        return self.discovery, self.metrics
 
     async def wait_ready(self) -> str:
         """Wait until every group is ready (""), or until one cannot be (why)."""
@@ -177,6 +193,7 @@ class _Controller:
             await stop_child(self._scheduler)
         for task in self._tasks:
             task.cancel()
+        await self._pages.stop()
         await self._server.stop(grace=None)
 
     async def leave(self) -> str:
@@ -354,6 +371,7 @@ class _Controller:
             heartbeat_s=RANK_LEASE_S / 3,
             min_step_timeout_s=MIN_STEP_TIMEOUT_S[self._plan.device],
         )
+        self._metrics.scheduler_starts()
         journal = self._config.scheduler_journal
         if journal and self._state.num_schedulers:
             journal = f"{journal}.{self._state.num_schedulers}"  # a journal is one scheduler's life
@@ -367,6 +385,9 @@ class _Controller:
             message = decode_control_up(await self._link.recv())
             match message:
                 case GroupReady():
+                    self._metrics.group_is_ready(
+                        message.group_id, num_gpu_blocks=message.num_gpu_blocks, num_cpu_blocks=message.num_cpu_blocks
+                    )
                     ranks = tuple(RankInfo(rank, device, host, pid) for rank, device, host, pid in message.ranks)
                     actions = self._table.on_ready(
                         message.group_id,
@@ -411,6 +432,7 @@ class _Controller:
 
     async def _run_ranks(self, group: Group) -> None:
         """Place the group's ranks together, start them, and report the first that ends."""
+        self._metrics.group_starts(group.group_id)
         children = [
             Child(self._rank_spec(group, rank), str(self._log(f"{group.group_id}-{rank}"))) for rank in range(group.tensor_parallel_size)
         ]

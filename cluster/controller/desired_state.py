@@ -20,6 +20,7 @@ class DesiredState:
     scheduler_id: str = ""  # of the latest scheduler, "" before the first
     num_schedulers: int = 0  # that there were, this one included
     discovery_port: int = 0  # at which discovery answers, if by TCP
+    metrics_port: int = 0  # of the metrics page; 0 before the first controller has one
 
 
 def load_state(folder: Path) -> DesiredState | None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from quire.cluster.controller.groups import MAX_RESTARTS_IN_A_ROW, STEADY_S, restart_pause_s
 from quire.cluster.controller.listen_address import split_address
 from quire.common.child_process import start_child
-from quire.common.config import ServeConfig
+from quire.common.config import DEFAULT_METRICS_LISTEN, ServeConfig
 from quire.common.errors import ConfigError, Unavailable
 
 log = logging.getLogger("quire.gateways")
@@ -88,6 +88,15 @@ class Gateways:
             return None
         return str(self._spec["listen"])
 
+    @property
+    def metrics_addresses(self) -> dict[str, str]:
+        """Where each shows its metrics, by its name; of those that serve."""
+        return {
+            "gateway" if len(self.lives) == 1 else f"gateway {life.index}": str(self._reported(life)["metrics_address"])
+            for life in self.lives
+            if life.ready_at_s is not None
+        }
+
     def tend(self, now_s: float) -> None:
         """Look at every process once; start what is to be started.
 
@@ -127,9 +136,10 @@ class Gateways:
         report = self._report(life)
         report.unlink(missing_ok=True)
         life.restart_at_s = None
+        metrics = {"metrics_listen": metrics_address(listen, life.index)} if (listen := self._spec.get("metrics_listen")) else {}
         life.process = start_child(
             "quire.cluster.gateway.main",
-            {**self._spec, "report_path": str(report)},
+            {**self._spec, **metrics, "report_path": str(report)},
             log_path=None if self._logs is None else self._logs / f"gateway-{life.index}.log",
         )
 
@@ -170,9 +180,18 @@ def gateway_spec(config: ServeConfig, discovery_address: str, *, cluster_key: st
         "request_timeout_s": config.request_timeout_s,
         "drain_timeout_s": config.drain_timeout_s,
         "log_level": config.log_level,
+        "metrics_listen": config.metrics_listen or DEFAULT_METRICS_LISTEN["gateway"],
+        "metrics_port_is_free": config.metrics_listen is None,
         # Absolute, for gateways start in another folder.
         **{name: None if path is None else str(Path(path).expanduser().absolute()) for name, path in paths.items()},
     }
+
+
+def metrics_address(listen: str, index: int) -> str:
+    """Where gateway `index` of a machine shows its metrics: they share one address for requests, but each counts for itself."""
+    host, port = split_address(listen)
+    shown = f"[{host}]" if ":" in host else host
+    return f"{shown}:{port + index if port else 0}"
 
 
 def hold_address(listen: str) -> list[socket.socket]:

@@ -65,6 +65,7 @@ class JoinedCluster:
         self._controller: Any = None
         self._over: ActorWait
         self._folder: Path
+        self.metrics_address = ""  # of the controller, once it serves
 
     def start(self) -> str:
         """Start everything and wait until every group is ready; the address of discovery. "" when a signal came meanwhile.
@@ -84,7 +85,7 @@ class JoinedCluster:
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
         self._controller = options.remote(self._config, self._plan, str(folder), rank_resource, self._discovery_listen)
         try:
-            address = str(ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s))
+            address, self.metrics_address = ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise Unavailable(f"the controller could not start: {error} (logs: {folder}/logs)") from error
         self._over = ActorWait(self._controller.wait_over)
@@ -96,7 +97,7 @@ class JoinedCluster:
                 raise Unavailable(f"the groups were not ready within {self._config.start_timeout_s:g} s (logs: {folder}/logs)")
         if reason:
             raise Unavailable(f"{reason} (logs: {folder}/logs)")
-        return address
+        return str(address)
 
     def run(self) -> None:
         """Wait for a signal, or for somebody else to end the controller.

@@ -59,6 +59,7 @@ class LocalCluster:
         self._gateways: Gateways | None = None
         self._compiler: subprocess.Popen[bytes] | None = None
         self._over: ActorWait
+        self.metrics_addresses: dict[str, str] = {}  # of the gateways and the controller, once they serve
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +98,7 @@ class LocalCluster:
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
         self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource, discovery_address(self.folder))
         try:
-            ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
+            _, metrics_address = ray.get(self._controller.wait_listening.remote(), timeout=self._config.start_timeout_s)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise Unavailable(self._explain(f"the controller could not start: {error}")) from error
         self._over = ActorWait(self._controller.wait_over)
@@ -115,6 +116,7 @@ class LocalCluster:
                 is_ready = True
             elif is_ready:
                 time.sleep(POLL_S)
+        self.metrics_addresses = {**self._gateways.metrics_addresses, "controller": str(metrics_address)}
         return self._gateways.address
 
     def run(self) -> None:

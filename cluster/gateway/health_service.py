@@ -47,6 +47,10 @@ class HealthService(HealthServicer):  # type: ignore[misc]  # its stubs have no 
             self._news.set()
             self._news = asyncio.Event()
 
+    @property
+    def is_serving(self) -> bool:
+        return bool(self._status == HealthCheckResponse.SERVING)
+
     def shut_down(self) -> None:
         """NOT_SERVING for good."""
         self.set_serving(False)

@@ -22,6 +22,8 @@ from quire.cluster.gateway.error_place import place_of
 from quire.cluster.gateway.generation import FINISH_TIMEOUT_S
 from quire.cluster.gateway.health_service import MAX_WATCHERS, OVERALL, HealthService
 from quire.cluster.gateway.health_service import WRITE_TIMEOUT_S as HEALTH_WRITE_TIMEOUT_S
+from quire.cluster.gateway.metrics import GatewayMetrics
+from quire.cluster.gateway.pages import GatewayPages
 from quire.cluster.gateway.request_reader import MAX_UNREAD_CALLS, READ_TIMEOUT_S, RequestReader
 from quire.cluster.gateway.scheduler_link import DEFAULT_BOUNDS as DEFAULT_LINK_BOUNDS
 from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink
@@ -77,6 +79,8 @@ class GatewayConfig:
     tls_key: str | None = None
     cluster_key: str | None = None  # file of the cluster's keys (common/curve.py), for a scheduler that is reached by TCP
     tls_client_ca: str | None = None  # PEM of who signs clients' certificates; None: clients need none
+    metrics_listen: str | None = None  # "host:port" of the metrics page; None: none is served
+    metrics_port_is_free: bool = False  # whether another port will do if that one is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,7 @@ class Gateway:
         self._channel = grpc.aio.insecure_channel(config.discovery_address, options=_CHANNEL_OPTIONS)
         self._workers = TextWorkers()
         self.gate = CallGate(max_calls=bounds.max_calls)
+        self.metrics = GatewayMetrics()
         self.link = SchedulerLink(gateway_id=f"gateway-{uuid.uuid4().hex}", on_change=self._update_health, bounds=bounds.link, keys=keys)
         self.watcher = DiscoveryWatcher(self._channel, self._workers, on_table=self._on_table, rng=random.Random())
         self.inference = InferenceService(
@@ -122,6 +127,7 @@ class Gateway:
             workers=self._workers,
             gate=self.gate,
             access=access,
+            metrics=self.metrics,
             request_timeout_s=config.request_timeout_s,
             write_stall_timeout_s=bounds.write_stall_timeout_s,
             finish_timeout_s=bounds.finish_timeout_s,
@@ -148,6 +154,7 @@ class Gateway:
             max_connection_age_s=bounds.max_connection_age_s,
             connection_grace_s=bounds.connection_grace_s,
         )
+        self.pages = GatewayPages(self.metrics, gate=self.gate, health=self.health)
         self.is_ready = asyncio.Event()  # set once: a model is known and the scheduler said Welcome
 
     async def start(self) -> str:
@@ -156,6 +163,8 @@ class Gateway:
         Raises:
             RuntimeError: the address cannot be bound.
         """
+        if self._config.metrics_listen is not None:
+            await self.pages.start(self._config.metrics_listen, may_move=self._config.metrics_port_is_free)
         port = await self._server.start(self._config.listen, self._certificates)
         return f"{self._config.listen.rpartition(':')[0]}:{port}"
 
@@ -185,6 +194,7 @@ class Gateway:
     async def stop(self) -> None:
         """End what still runs and close every socket."""
         await self._server.stop(grace_s=STOP_GRACE_S)
+        await self.pages.stop()
         await self.link.close()
         await self._channel.close()
         self._workers.close()
@@ -222,7 +232,7 @@ async def run(config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) 
     try:
         address = await gateway.start()
     except (RuntimeError, OSError) as error:
-        write_json_atomically(report, {"error": f"{config.listen} cannot be bound: {error}"})
+        write_json_atomically(report, {"error": f"an address cannot be bound: {error}"})
         await gateway.stop()
         return 1
     log.info("pid %d listens on %s", os.getpid(), address)
@@ -230,7 +240,7 @@ async def run(config: GatewayConfig, *, bounds: GatewayBounds = DEFAULT_BOUNDS) 
     stopped, ready = asyncio.create_task(stop.wait()), asyncio.create_task(gateway.is_ready.wait())
     await asyncio.wait((watch, stopped, ready), return_when=asyncio.FIRST_COMPLETED)
     if ready.done():
-        write_json_atomically(report, {"address": address})
+        write_json_atomically(report, {"address": address, "metrics_address": gateway.pages.address})
         await asyncio.wait((watch, stopped), return_when=asyncio.FIRST_COMPLETED)
     exit_code = 0
     if not watch.done():

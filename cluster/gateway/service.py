@@ -17,9 +17,10 @@ from quire.cluster.gateway.field_checks import check_token_ids
 from quire.cluster.gateway.generation import FINISH_TIMEOUT_S, Account, Generation, News, SequenceEnd, make_submit, start_completions
 from quire.cluster.gateway.grpc_errors import Context, errors_as_status
 from quire.cluster.gateway.logprob_messages import logprob_messages
+from quire.cluster.gateway.metrics import GatewayMetrics, RequestRecord
 from quire.cluster.gateway.quota import Quotas
 from quire.cluster.gateway.request_fields import refuse_unknown, refuse_unsupported
-from quire.cluster.gateway.scheduler_link import SchedulerLink
+from quire.cluster.gateway.scheduler_link import SchedulerLink, SchedulerStream
 from quire.cluster.gateway.served_model import ServedModel
 from quire.cluster.gateway.tenants import Caller
 from quire.cluster.gateway.text_workers import TextWorkers
@@ -62,6 +63,7 @@ class InferenceService(InferenceServiceServicer):
         workers: TextWorkers,
         gate: CallGate,
         access: Access,
+        metrics: GatewayMetrics,
         request_timeout_s: float,
         write_stall_timeout_s: float = WRITE_STALL_TIMEOUT_S,
         finish_timeout_s: float = FINISH_TIMEOUT_S,
@@ -72,6 +74,7 @@ class InferenceService(InferenceServiceServicer):
         self._workers = workers
         self._gate = gate
         self._access = access
+        self._metrics = metrics
         self._quotas = Quotas()
         self._request_timeout_s = request_timeout_s
         self._write_stall_timeout_s = write_stall_timeout_s
@@ -79,7 +82,7 @@ class InferenceService(InferenceServiceServicer):
         self._clock = clock
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> inference_pb2.GenerateResponse:
-        async with self._call(context) as call, self._generation(request, call, is_whole=True) as running:
+        async with self._call(context, is_counted=True) as call, self._generation(request, call, is_whole=True) as running:
             collected = _Collected()
             while running.generation.account is None:
                 news = await running.generation.next_news()
@@ -95,7 +98,7 @@ class InferenceService(InferenceServiceServicer):
     async def GenerateStream(  # type: ignore[override]  # written piece by piece, to notice a client that does not read
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> None:
-        async with self._call(context) as call, self._generation(request, call, is_whole=False) as running:
+        async with self._call(context, is_counted=True) as call, self._generation(request, call, is_whole=False) as running:
             is_first = True
             while running.generation.account is None:
                 news = await running.generation.next_news()
@@ -130,18 +133,26 @@ class InferenceService(InferenceServiceServicer):
     # -- what the calls share -----------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _call(self, context: Context) -> AsyncIterator["_Call"]:
-        """Around every call: the gate, the deadline, the mapping of errors."""
+    async def _call(self, context: Context, *, is_counted: bool = False) -> AsyncIterator["_Call"]:
+        """Around every call: the gate, the deadline, the mapping of errors; is_counted: it is a request, in metrics."""
+        record = RequestRecord(self._clock())
         async with errors_as_status(context):
-            caller = self._access.caller_of(context)
-            call = _Call(caller, arrival_s=self._clock(), time_left_s=self._time_left_s(context))
-            with self._gate.enter():
-                try:
-                    async with asyncio.timeout(call.time_left_s):
-                        yield call
-                except TimeoutError:
-                    text = f"the request took longer than its {call.time_left_s:.3g} s"
-                    raise DeadlineExceeded(text, metadata={"timeout_s": f"{call.time_left_s:.3g}"}) from None
+            with self._metrics.counted(record) if is_counted else contextlib.nullcontext():
+                caller = self._access.caller_of(context)
+                call = _Call(caller, record, time_left_s=self._time_left_s(context))
+                async with self._inside(call):
+                    yield call
+
+    @contextlib.asynccontextmanager
+    async def _inside(self, call: "_Call") -> AsyncIterator[None]:
+        """Inside the gate, for as long as the call may take."""
+        with self._gate.enter():
+            try:
+                async with asyncio.timeout(call.time_left_s):
+                    yield
+            except TimeoutError:
+                text = f"the request took longer than its {call.time_left_s:.3g} s"
+                raise DeadlineExceeded(text, metadata={"timeout_s": f"{call.time_left_s:.3g}"}) from None
 
     def _time_left_s(self, context: Context) -> float:
         """The client's deadline, or what a request without one gets; a longer deadline is cut to that."""
@@ -152,6 +163,7 @@ class InferenceService(InferenceServiceServicer):
     async def _generation(self, request: inference_pb2.GenerateRequest, call: "_Call", *, is_whole: bool) -> AsyncIterator["_Running"]:
         """Validate, tokenize, submit; on the way out cancel what has not ended, and log how it did."""
         model = self._table().find(request.model)
+        call.record.model = model.name
         request_id = request_id_of(request)
         with (
             self._gate.hold_request_id(request_id, tenant=call.caller.tenant),
@@ -169,6 +181,7 @@ class InferenceService(InferenceServiceServicer):
                 finally:
                     num_tokens = sum(sequence.num_received for sequence in stream.sequences)
                     self._quotas.charge(call.caller, num_tokens, now_s=self._clock())
+                    _fill(call.record, resolved, stream, generation)
                     self._log_end(running, submit)
 
     def _prepare(
@@ -244,12 +257,25 @@ def _detokenize(request: inference_pb2.DetokenizeRequest, model: ServedModel) ->
     return model.tokenizer.decode(list(ids), skip_special_tokens=skip)
 
 
+def _fill(record: RequestRecord, request: ResolvedRequest, stream: SchedulerStream, generation: Generation) -> None:
+    """What is known of a request that was submitted, however it ended."""
+    lengths = [sequence.num_received for sequence in stream.sequences]
+    record.priority = request.priority
+    record.num_prompt_tokens = len(request.prompt_ids)
+    record.num_received = sum(lengths)
+    record.num_longest = max(lengths) if request.counts.are_all_returned else 0
+    record.first_token_s = generation.first_token_s
+    record.account = generation.account
+    record.reason = stream.finished.reason if stream.finished is not None else None
+
+
 class _Call:
     """One RPC: whose it is, when it came and how long it may take."""
 
-    def __init__(self, caller: Caller, *, arrival_s: float, time_left_s: float) -> None:
+    def __init__(self, caller: Caller, record: RequestRecord, *, time_left_s: float) -> None:
         self.caller = caller
-        self.arrival_s = arrival_s
+        self.record = record
+        self.arrival_s = record.arrival_s
         self.time_left_s = time_left_s
 
 

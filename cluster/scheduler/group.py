@@ -17,7 +17,8 @@ from typing import Final
 from quire.cluster.scheduler.applied import Applied
 from quire.cluster.scheduler.batch import Batch
 from quire.cluster.scheduler.block_pool import BlockPool
-from quire.cluster.scheduler.copies import CopyLedger
+from quire.cluster.scheduler.copies import Copy, CopyLedger
+from quire.cluster.scheduler.group_counters import GroupCounters
 from quire.cluster.scheduler.ledger import Ledger
 from quire.cluster.scheduler.request import LOOK_FIRST, Request, RequestState, Sequence, SequenceEnd, most_blocks, num_sequences
 from quire.cluster.scheduler.step_draft import SentPlan, StepDraft
@@ -30,6 +31,7 @@ from quire.common.messages import (
     PoolStatus,
     RankHello,
     RowErrorCode,
+    Sample,
     StepAck,
     StepPlan,
     StepResult,
@@ -66,6 +68,9 @@ class Group:
         self.outstanding: deque[SentPlan] = deque()
         self.last_sent_s = 0.0
         self.num_steps_done = 0
+        self.counters = GroupCounters()  # its own until the scheduler gives it those of its former terms
+        self._rank_samples: dict[int, tuple[Sample, ...]] = {}
+        self._all_block_bytes = 0  # one block on all ranks together
         self._ageing_s = ageing_s
         self._last_answer_s = 0.0
         self._next_step_id = 0
@@ -114,6 +119,7 @@ class Group:
             # Every row takes at least one token of a step.
             num_rows=min(self.config.max_sequences, self.config.max_batched_tokens, *(h.max_rows for h in hellos)),
         )
+        self._all_block_bytes = sum(h.block_bytes for h in hellos)
         self.meter = StepMeter(
             prefill_tokens_per_s=self.hellos[0].prefill_tokens_per_s,
             copy_bytes_per_s=min(min(h.h2d_bytes_per_s, h.d2h_bytes_per_s) for h in hellos),
@@ -204,6 +210,8 @@ class Group:
         if request.admitted_s is None:
             request.admitted_s = now_s
             request.num_cached_tokens = min(leader.num_planned, leader.num_prompt_tokens)
+            self.counters.queried_tokens += leader.num_prompt_tokens
+            self.counters.hit_tokens += request.num_cached_tokens
         elif request.is_preempted:
             request.preempted_s += now_s - request.preempted_at_s
         request.state = RequestState.RUNNING
@@ -335,6 +343,13 @@ class Group:
             num_decoding=sent.num_decoding,
             num_copies=sent.num_copies,
         )
+        self.counters.step(
+            device_s=result.device_s,
+            host_s=result.host_s,
+            num_prefill_tokens=sent.num_prefill_tokens,
+            num_decoding=sent.num_decoding,
+            num_chunks=len(sent.chunks),
+        )
         applied = Applied()
         if result.row_errors or result.beam_candidates or result.logprobs or result.prompt_logprobs:
             self._apply_rare(sent, result, applied)
@@ -368,8 +383,13 @@ class Group:
         """Take in that a rank has done a step, to which there is no objection; the requests whose swap failed, which must be
         queued again."""
         self._num_acknowledged[ack.rank] = ack.step_id + 1
+        if ack.gauges:
+            self._rank_samples[ack.rank] = ack.gauges
         failed = []
-        for copy in self.copies.ended(ack.rank, done=ack.copies_done, failed=ack.copies_failed):
+        copies = self.copies.ended(ack.rank, done=ack.copies_done, failed=ack.copies_failed)
+        if copies:
+            self._count(copies, now_s)
+        for copy in copies:
             request = copy.request
             if request.transfer is not copy.transfer or copy.transfer.num_left:
                 continue  # it ended, or lost its blocks, meanwhile; or more copies are under way
@@ -435,6 +455,10 @@ class Group:
             gpu=_pool_status(self.pool),
             cpu=_pool_status(self.cpu_pool),
             gpu_ref_counts=self.pool.ref_counts(),
+            waste_ratio=self._waste_ratio(),
+            samples=self.counters.samples(),
+            distributions=self.counters.distributions(),
+            ranks=tuple(sorted(self._rank_samples.items())),
         )
 
     def check(self) -> None:
@@ -454,6 +478,32 @@ class Group:
                 assert sequence.request is request
                 assert sequence.num_planned <= len(sequence.token_ids) + sequence.num_in_flight, sequence.handle
         assert len(self.outstanding) <= MAX_PLANS_OUTSTANDING
+
+    # -- helpers: counting ----------------------------------------------------------------------------------------------
+
+    def _waste_ratio(self) -> float:
+        """Of the slots of held GPU blocks, the share without a token: the ends of last blocks, and what prefill will fill."""
+        if not self.pool.num_held:
+            return 0.0
+        size = self.config.block_size
+        filled: dict[int, int] = {}  # slots with a token, by block that some holder has not filled
+        for request in self.running.values():
+            for sequence in request.sequences:
+                num_full = sequence.num_planned // size
+                for place, block_id in enumerate(sequence.block_table[num_full:]):
+                    num_here = sequence.num_planned % size if place == 0 else 0
+                    filled[block_id] = max(num_here, filled.get(block_id, 0))
+        return sum(size - num_slots for num_slots in filled.values()) / (self.pool.num_held * size)
+
+    def _count(self, copies: list[Copy], now_s: float) -> None:
+        """Copies have ended on all ranks, and with some of them whole transfers."""
+        counters = self.counters
+        num_out = sum(copy.is_out for copy in copies)
+        counters.bytes_out += num_out * self._all_block_bytes
+        counters.bytes_in += (len(copies) - num_out) * self._all_block_bytes
+        for copy in {id(copy.transfer): copy for copy in copies if not copy.transfer.num_left}.values():
+            (counters.out_s if copy.is_out else counters.in_s).observe(now_s - copy.transfer.start_s)
+            counters.num_failed_swaps += copy.transfer.failed
 
     # -- helpers: room --------------------------------------------------------------------------------------------------
 
@@ -580,6 +630,8 @@ class Group:
         swaps, why = self._prefers_swap(request, holders)
         request.num_preemptions += 1
         request.preempted_at_s = now_s
+        self.counters.num_swaps += swaps
+        self.counters.num_recomputes += not swaps
         for sequence in request.sequences:
             sequence.look_at = 0  # a token on its way may be what it waits for
         if self.note:
@@ -594,6 +646,8 @@ class Group:
             self.batch.leave(sequence)
         self.batch.give_back_spare_rows(request)
         self.ledger.swap_out(request, list(holders), self._draft)
+        assert request.transfer is not None, request.handle
+        request.transfer.start_s = now_s
         del self.running[request.handle]
         self.swapped[request.handle] = request
         request.state = RequestState.SWAPPED
@@ -640,6 +694,8 @@ class Group:
         moved = self.ledger.swap_in(request, headroom=headroom, draft=self._draft)
         if moved is None:
             return False
+        assert request.transfer is not None, request.handle
+        request.transfer.start_s = now_s
         self.batch.take_rows(request)
         del self.swapped[request.handle]
         self.running[request.handle] = request

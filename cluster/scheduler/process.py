@@ -15,6 +15,7 @@ import zmq
 
 from quire.cluster.scheduler.journal import JournaledScheduler
 from quire.cluster.scheduler.scheduler import Scheduler, SchedulerConfig
+from quire.common import metric_names as names
 from quire.common.child_process import enter_child
 from quire.common.clock import Clock, monotonic
 from quire.common.curve import CurveKeys, Doorman, keys_for, secure_server
@@ -37,6 +38,7 @@ from quire.common.messages import (
     decode_session_down,
     encode,
 )
+from quire.common.process_samples import own_samples
 
 log = logging.getLogger("quire.scheduler")
 
@@ -180,13 +182,18 @@ class SchedulerProcess:
             case DrainGroup():
                 self._scheduler.drain(message)
             case StatusRequest():
-                self._scheduler.status(message.query_id, self._clock())
+                self._scheduler.status(message.query_id, self._clock(), samples=own_samples(names.SCHEDULER_CPU, names.SCHEDULER_MEMORY))
 
     def _send_plans(self, group_id: str, now_s: float) -> None:
         group = self._scheduler.groups.get(group_id)
         if group is None or not group.is_ready:
             return
-        while (plan := self._scheduler.next_plan(group_id, now_s)) is not None:
+        while True:
+            start_s = self._clock()
+            plan = self._scheduler.next_plan(group_id, now_s)
+            if plan is None:
+                return
+            group.counters.plan_s.observe(self._clock() - start_s)
             frame = encode(plan)
             term, frames = self._sent.get(group_id, (0, deque[bytes]()))
             if term != plan.term:

@@ -85,6 +85,7 @@ class Transfer:
 
     num_left: int = 0
     failed: bool = False
+    start_s: float = 0.0  # when it was planned
 
 
 @dataclass(slots=True, eq=False)

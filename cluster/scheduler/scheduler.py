@@ -17,6 +17,7 @@ from quire.cluster.scheduler.applied import Applied
 from quire.cluster.scheduler.beam_search import BeamSearchState, num_candidates
 from quire.cluster.scheduler.dispatcher import Dispatcher
 from quire.cluster.scheduler.group import Group, Note
+from quire.cluster.scheduler.group_counters import GroupCounters
 from quire.cluster.scheduler.request import Request, RequestState, Sequence, SequenceEnd
 from quire.cluster.scheduler.timers import Timers
 from quire.cluster.scheduler.waiting_queue import WaitingQueue
@@ -45,6 +46,7 @@ from quire.common.messages import (
     RankHello,
     Rejected,
     RowErrorCode,
+    Sample,
     SessionUp,
     Spans,
     Status,
@@ -117,6 +119,7 @@ class Scheduler:
         self._unserved_since_s: dict[str, float] = {}  # by model
         self._lost: dict[str, tuple[int, str]] = {}  # groups that were given up, until the controller answers: term, reason
         self._next_handle = 0
+        self._counters: dict[str, GroupCounters] = {}  # by group; the controller bounds how many there are
         self._outbox = Outbox()
         self._note: Note | None = None
 
@@ -222,6 +225,7 @@ class Scheduler:
             self._drop(former, now_s)
         self._lost.pop(message.group_id, None)
         group = self.groups[message.group_id] = Group(message, ageing_s=self.config.ageing_s)
+        group.counters = self._counters.setdefault(message.group_id, GroupCounters())
         group.note = self._note
         group.charge = lambda request, num_tokens: self.queue.charge(request.submit.tenant, num_tokens)
 
@@ -244,8 +248,8 @@ class Scheduler:
                 self._fail_new(group.model)
             self._report_if_drained(group)
 
-    def status(self, query_id: int, now_s: float) -> None:
-        """Queue a Status for the controller."""
+    def status(self, query_id: int, now_s: float, *, samples: tuple[Sample, ...] = ()) -> None:
+        """Queue a Status for the controller. samples: of the process around us."""
         first = self.queue.first()
         queue = QueueStatus(
             num_waiting=len(self.queue),
@@ -257,7 +261,7 @@ class Scheduler:
             num_waiting_by_priority=tuple(sorted(Counter(request.submit.priority for request in self.queue.all()).items())),
         )
         groups = tuple(self.groups[group_id].status() for group_id in sorted(self.groups))
-        self._outbox.to_controller.append(Status(query_id, groups, queue))
+        self._outbox.to_controller.append(Status(query_id, groups, queue, samples))
 
     # -- ranks --------------------------------------------------------------------------------------------------------
 

@@ -235,7 +235,7 @@ def test_a_rank_that_is_told_nothing_takes_what_the_gpu_has_left(load: LoadModel
     """Needs the GPU for itself."""
     free_bytes = torch.cuda.mem_get_info()[0]
     with ExitStack() as at_end:
-        runner, hello = rank_process._load(rank_spec(load("llama").folder, num_gpu_blocks=None), at_end)
+        runner, hello, _ = rank_process._load(rank_spec(load("llama").folder, num_gpu_blocks=None), at_end)
     assert free_bytes - 4 * 2**30 < hello.num_gpu_blocks * hello.block_bytes < free_bytes - MARGIN_BYTES
     assert hello.num_gpu_blocks == runner.kv_cache.num_blocks
     assert (hello.num_cpu_blocks, hello.device) == (64, "cuda")
@@ -252,7 +252,7 @@ def test_a_rank_that_is_told_nothing_takes_what_the_gpu_has_left(load: LoadModel
 def test_a_rank_takes_as_many_blocks_as_it_is_told_or_says_why_not(load: LoadModel) -> None:
     folder = load("llama").folder
     with ExitStack() as at_end:
-        _, hello = rank_process._load(rank_spec(folder, num_gpu_blocks=77), at_end)
+        _, hello, _ = rank_process._load(rank_spec(folder, num_gpu_blocks=77), at_end)
         assert hello.num_gpu_blocks == 77
         with pytest.raises(ConfigError, match=r"1000000000 KV blocks of 4096 bytes .* and the GPU has .* GiB free, room for \d+ blocks"):
             rank_process._load(rank_spec(folder, num_gpu_blocks=10**9), at_end)
