@@ -45,6 +45,8 @@ def test_folders_that_are_mounted_are_there() -> None:
     own = [mount.split(":")[0] for mount in mounts if mount.startswith(".")]
     assert len(own) == 5
     assert all((DEPLOY / path).exists() for path in own)
+    (tmpfs,) = COMPOSE["services"]["quire"]["tmpfs"]
+    assert "exec" in tmpfs.partition(":")[2].split(","), "Docker's tmpfs runs nothing otherwise, and Triton's modules lie there"
     named = {mount.split(":")[0] for mount in mounts if not mount.startswith(".")}
     assert named == COMPOSE["volumes"].keys()
 
