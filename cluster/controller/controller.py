@@ -37,6 +37,7 @@ from quire.cluster.controller.groups import (
 from quire.cluster.controller.listen_address import free_port_pair, split_address
 from quire.cluster.controller.metrics import ControllerMetrics
 from quire.cluster.controller.placement import placement_refusal
+from quire.cluster.controller.process_actor import STOPPED
 from quire.cluster.controller.rank_actors import HEAD_RESOURCE, HEAD_SHARE, Child, RankActors, stop_child
 from quire.cluster.controller.scheduler_actor import find_scheduler, start_scheduler
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
@@ -359,7 +360,8 @@ class _Controller:
                 self._perform(self._table.on_scheduler_lost())
             try:
                 self._scheduler = actor or await self._start_scheduler()
-                end = f"the scheduler ended with code {await self._scheduler.wait.remote()}"
+                code = await self._scheduler.wait.remote()
+                end = "the scheduler is stopped" if code == STOPPED else f"the scheduler ended with code {code}"
             except ray.exceptions.RayActorError:
                 end = "the scheduler's actor died"
             num_failures = 1 if monotonic() - started_s >= STEADY_S else num_failures + 1
@@ -467,6 +469,8 @@ class _Controller:
             return
         rank, code, report = end
         why = f"rank {rank}'s actor died" if code is None else f"rank {rank} ended with code {code}"
+        if code == STOPPED:
+            why = f"rank {rank} is stopped (SIGSTOP)"
         with contextlib.suppress(ValueError, KeyError):
             why = f"rank {rank}: {json.loads(report)['error']}"
         current = self._table.groups[group.group_id]

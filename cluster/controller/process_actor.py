@@ -6,15 +6,22 @@ actor dies (common/child_process.py).
 
 import asyncio
 import shutil
+import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import ray
 
 from quire.cluster.controller.desired_state import has_state
 from quire.cluster.controller.listen_address import free_port_pair
 from quire.common.child_process import start_child, stop_child
+
+# What `wait` says of a child that SIGSTOP holds. Time-outs of steps would find it out too, but must allow for busy machines.
+STOPPED: Final = -int(signal.SIGSTOP)
+# How often is looked, and how often in a row it must be found stopped.
+STOPPED_POLL_S: Final = 0.5
+MAX_STOPPED_LOOKS: Final = 3
 
 
 class _ProcessActor:
@@ -44,9 +51,17 @@ class _ProcessActor:
         return None if self._child is None else self._child.pid
 
     async def wait(self) -> int:
-        """Wait for the child's end; its exit code, negative for a signal."""
+        """Wait for the child's end; its exit code, negative for a signal. STOPPED when it has been stopped for a while: it lives, but
+        only whoever stopped it knows for how long."""
         assert self._child is not None, "start comes before wait"
-        return await asyncio.get_running_loop().run_in_executor(None, self._child.wait)
+        end = asyncio.get_running_loop().run_in_executor(None, self._child.wait)
+        num_looks = 0
+        while num_looks < MAX_STOPPED_LOOKS:
+            done, _ = await asyncio.wait([end], timeout=STOPPED_POLL_S)
+            if done:
+                return end.result()
+            num_looks = num_looks + 1 if await asyncio.to_thread(is_stopped, self._child.pid) else 0
+        return STOPPED
 
     async def report(self) -> str:
         """What the child left at its report_path, on its own host; "" if nothing."""
@@ -69,6 +84,15 @@ class _ProcessActor:
             return None
         self._child.kill()
         return await asyncio.get_running_loop().run_in_executor(None, self._child.wait)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP or the like; one that a debugger looks at is not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"
 
 
 def _read(path: str | None) -> str:

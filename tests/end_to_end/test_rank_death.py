@@ -35,9 +35,18 @@ TWO_GROUPS = ("--groups", "2")
         ((signal.SIGKILL,), TWO_RANKS),
         ((signal.SIGKILL, signal.SIGKILL), ()),
         ((signal.SIGKILL,), TWO_GROUPS),
+        ((signal.SIGSTOP,), TWO_GROUPS),
         ((signal.SIGKILL,), (*TWO_GROUPS, *TWO_RANKS)),
     ],
-    ids=["killed", "stopped", "one of two killed", "killed twice", "beside another group", "one of four killed"],
+    ids=[
+        "killed",
+        "stopped",
+        "one of two killed",
+        "killed twice",
+        "beside another group",
+        "stopped beside another group",
+        "one of four killed",
+    ],
 )
 def test_streams_survive_the_death_of_a_rank(tmp_path: Path, signals: Sequence[signal.Signals], arguments: Sequence[str]) -> None:
     with ServeProcess(tmp_path, *arguments) as serve:
@@ -59,14 +68,15 @@ def test_streams_survive_the_death_of_a_rank(tmp_path: Path, signals: Sequence[s
             wait_for(lambda: all(blocks.gpu_blocks.num_held == 0 for blocks in client.cluster.blocks()), timeout_s=20)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("arguments", [(), (*TWO_GROUPS, *TWO_RANKS)], ids=["one rank", "four ranks"])
-def test_streams_survive_the_death_of_the_scheduler(tmp_path: Path, arguments: Sequence[str]) -> None:
+def test_streams_survive_the_death_of_the_scheduler(tmp_path: Path, arguments: Sequence[str], number: signal.Signals) -> None:
     with ServeProcess(tmp_path, *arguments) as serve:
         address = serve.wait_ready()
         expected = all_streams(address).wait()
         streams = all_streams(address)
         wait_for(lambda: streams.num_tokens >= NUM_STREAMS * NUM_TOKENS // 4, timeout_s=TIMEOUT_S)
-        os.kill(serve.process_of(SCHEDULER), signal.SIGKILL)
+        os.kill(serve.process_of(SCHEDULER), number)
         assert streams.wait() == expected
         print(f"longest pause: {streams.longest_pause_s:.1f} s")
         with Client(address) as client:
