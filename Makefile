@@ -10,9 +10,9 @@ LISTEN ?= 127.0.0.1:50051
 ARGS ?=
 PYTEST_ARGS ?=
 # Our own Python, each file once: src/quire holds links to the folders, and mypy follows them.
-PYTHON_FILES := bench cli client cluster common kernels worker tests tools
+PYTHON_FILES := bench cli client cluster common deploy kernels worker tests tools
 
-.PHONY: help serve demo test lint style types proto format stubs proto-baseline pytest clean
+.PHONY: help serve demo test lint style types proto format stubs chart proto-baseline pytest clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,9 @@ format: .venv/.dev-ready $(BUF)  ## rewrite Python and proto files in the house 
 
 stubs: .venv/.dev-ready  ## generate src/quire/v1 and src/quire/internal/v1 from proto/
 	PYTHON=$(BIN)/python tools/generate_stubs.sh
+
+chart: .venv/.dev-ready  ## write what helm/quire has of other parts: the values' schema, rules and dashboards
+	$(BIN)/python tools/chart_files.py
 
 proto-baseline: $(BUF)  ## accept proto/ as it is: what later changes must stay compatible with
 	$(BUF) build proto --exclude-source-info --output proto/baseline.binpb

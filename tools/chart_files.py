@@ -66,7 +66,7 @@ def main() -> int:
     if parser.parse_args().check:
         wrong = sorted(str(path.relative_to(ROOT)) for path in wanted.keys() | there.keys() if wanted.get(path) != there.get(path))
         for name in wrong:
-            print(f"{name} is not what it should be; run: python tools/chart_files.py", file=sys.stderr)
+            print(f"{name} is not what it should be; run: make chart", file=sys.stderr)
         return 1 if wrong else 0
     for path in there.keys() - wanted.keys():
         path.unlink()

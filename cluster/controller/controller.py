@@ -337,6 +337,7 @@ class _Controller:
                 ranks_per_group=plan.tensor_parallel_size,
                 num_placed=sum(group.group_id in self._ranks.placed for group in self._table.wanted(plan.name)),
                 num_groups=num_groups,
+                spans_hosts=await asyncio.to_thread(self._ranks.needs_several_hosts, plan.tensor_parallel_size),
             )
             if refusal is None:
                 return

@@ -6,22 +6,32 @@ from quire.common.errors import ConfigError
 
 
 def placement_refusal(
-    free: Mapping[str, float], *, model: str, resource: str, ranks_per_group: int, num_placed: int, num_groups: int
+    free: Mapping[str, float],
+    *,
+    model: str,
+    resource: str,
+    ranks_per_group: int,
+    num_placed: int,
+    num_groups: int,
+    spans_hosts: bool = False,
 ) -> ConfigError | None:
-    """Why a model cannot have `num_groups` groups; None when it can. The ranks of a group lie on one node.
+    """Why a model cannot have `num_groups` groups; None when it can. The ranks of a group lie on one node, unless it spans_hosts.
 
     free: what each node has left of `resource`, of which a rank takes one
     num_placed: groups that the model has in place, which is not free any more
     """
     num_more = num_groups - num_placed
-    num_possible = sum(int(left // ranks_per_group) for left in free.values())
+    num_possible = int(sum(map(int, free.values())) // ranks_per_group)
+    if not spans_hosts:
+        num_possible = sum(int(left // ranks_per_group) for left in free.values())
     if num_more <= num_possible:
         return None
     ranks = f"{ranks_per_group} rank{'s' if ranks_per_group > 1 else ''}"
     left = ", ".join(f"{amount:g}" for amount in free.values()) or "nothing"
+    where = "" if spans_hosts else ", all of a group on one host"
     message = (
         f"model {model} has {num_placed} groups in place, and {num_groups} were asked for: {num_more} more of {ranks} each, a rank "
-        f"taking 1 {resource}, all of a group on one host; Ray has {left} {resource} left on its {len(free)} hosts, "
+        f"taking 1 {resource}{where}; Ray has {left} {resource} left on its {len(free)} hosts, "
         f"room for {num_possible} more; ask for at most {num_placed + num_possible}, or add hosts to Ray"
     )
     numbers = {"groups": num_placed, "asked": num_groups, "possible": num_placed + num_possible, "ranks_per_group": ranks_per_group}

@@ -53,14 +53,18 @@ class RankActors:
         self._may_leave_head = may_leave_head
         self._actors: dict[str, list[Any]] = {}
         self._places: dict[str, PlacementGroup] = {}
-        self.placed: set[str] = set()  # groups whose place Ray has made
+        self.placed: dict[str, int] = {}  # groups whose place Ray has made, with their number of ranks
 
     def free_on_nodes(self) -> dict[str, float]:
-        """What each of Ray's nodes that can hold ranks has left for them, by node id. Asks Ray's store."""
+        """What each of Ray's nodes that can hold ranks has left for them, by node id. Asks Ray's store.
+
+        Ray tells with a delay what was taken; what we took ourselves is known, on the only node that it can have been taken from.
+        """
+        totals = {node["NodeID"]: float(node["Resources"].get(self._rank_resource, 0.0)) for node in ray.nodes() if node["Alive"]}
         nodes = available_resources_per_node()
-        return {
-            node: float(free.get(self._rank_resource, 0.0)) for node, free in nodes.items() if self._may_leave_head or HEAD_RESOURCE in free
-        }
+        usable = {node: free for node, free in nodes.items() if node in totals and (self._may_leave_head or HEAD_RESOURCE in free)}
+        taken = RANK_SHARE * sum(self.placed.values()) if len(usable) == 1 else 0.0
+        return {node: min(float(free.get(self._rank_resource, 0.0)), totals[node] - taken) for node, free in usable.items()}
 
     async def start(self, group: Group, children: Sequence[Child]) -> None:
         """Place the group's ranks together and start them.
@@ -70,7 +74,7 @@ class RankActors:
         """
         bundle = {self._rank_resource: RANK_SHARE} | ({} if self._may_leave_head else {HEAD_RESOURCE: HEAD_SHARE})
         bundles = [bundle] * group.tensor_parallel_size
-        several = self._may_leave_head and await asyncio.to_thread(self._needs_several_hosts, group)
+        several = await asyncio.to_thread(self.needs_several_hosts, group.tensor_parallel_size)
         strategy = "PACK" if several else "STRICT_PACK"
         place = placement_group(bundles, strategy=strategy, name=_place_name(group), lifetime="detached")
         self._places[group.group_id] = place
@@ -83,7 +87,7 @@ class RankActors:
             raise Unavailable(text, reason="NO_PLACE") from None
         if self._places.get(group.group_id) is not place:
             raise Unavailable("its place was given back before it was used")
-        self.placed.add(group.group_id)
+        self.placed[group.group_id] = group.tensor_parallel_size
         # Ray hides GPUs from whoever asked for none.
         num_gpus = 1 if self._rank_resource == "GPU" else 0
         actors = []
@@ -105,10 +109,12 @@ class RankActors:
         except ray.exceptions.RayActorError as error:
             raise Unavailable(f"an actor for a rank died before the rank was started: {error}") from error
 
-    def _needs_several_hosts(self, group: Group) -> bool:
-        """Whether no host has as much as the group takes, used or not."""
+    def needs_several_hosts(self, num_ranks: int) -> bool:
+        """Whether groups may be elsewhere than here, and no host has as much as so many ranks take, used or not. Asks Ray's store."""
+        if not self._may_leave_head:
+            return False
         most = max((node["Resources"].get(self._rank_resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-        return bool(most < group.tensor_parallel_size * RANK_SHARE)
+        return bool(most < num_ranks * RANK_SHARE)
 
     async def _meeting_specs(self, actors: Sequence[Any]) -> list[dict[str, str]]:
         """What ranks on several hosts must be told to find each other; those of one host meet at a file."""
@@ -132,7 +138,7 @@ class RankActors:
             return False
         self._actors[group.group_id] = actors
         self._places[group.group_id] = place
-        self.placed.add(group.group_id)
+        self.placed[group.group_id] = group.tensor_parallel_size
         return True
 
     async def first_end(self, group: Group) -> tuple[int, int | None, str] | None:
@@ -158,7 +164,7 @@ class RankActors:
         if folder is not None:
             await asyncio.gather(*(_remove_folder(actor, folder) for actor in actors))
         place = self._places.pop(group_id, None)
-        self.placed.discard(group_id)
+        self.placed.pop(group_id, None)
         await asyncio.to_thread(_give_back, actors, [place] if place is not None else [])
 
     async def end_leftovers(self, group_id: str) -> None:

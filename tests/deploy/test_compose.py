@@ -14,14 +14,13 @@ from quire.common.config import ServeConfig
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 CUDA: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.cuda.yaml").read_text())
-METRICS_FLAGS = ("--metrics-listen", "--controller-metrics-listen")
 
 
 def test_the_command_is_one_that_the_program_reads() -> None:
     program, command, *arguments = COMPOSE["services"]["quire"]["command"]
     parser = argparse.ArgumentParser(allow_abbrev=False)
     serve.add_arguments(parser)
-    args = parser.parse_args([argument for argument in arguments if not argument.startswith(METRICS_FLAGS)])
+    args = parser.parse_args(arguments)
     assert (program, command, args.listen, args.insecure) == ("quire", "serve", "0.0.0.0:50051", True)
     parser = argparse.ArgumentParser(allow_abbrev=False)
     health.add_arguments(parser)
@@ -43,9 +42,11 @@ def test_ports_are_this_machines_alone(name: str) -> None:
 
 def test_folders_that_are_mounted_are_there() -> None:
     mounts = [volume for service in COMPOSE["services"].values() for volume in service.get("volumes", [])]
-    own = [mount.split(":")[0] for mount in mounts if mount.startswith("./compose/")]
-    assert len(own) == 3
+    own = [mount.split(":")[0] for mount in mounts if mount.startswith(".")]
+    assert len(own) == 5
     assert all((DEPLOY / path).exists() for path in own)
+    (tmpfs,) = COMPOSE["services"]["quire"]["tmpfs"]
+    assert "exec" in tmpfs.partition(":")[2].split(","), "Docker's tmpfs runs nothing otherwise, and Triton's modules lie there"
     named = {mount.split(":")[0] for mount in mounts if not mount.startswith(".")}
     assert named == COMPOSE["volumes"].keys()
 
@@ -56,6 +57,9 @@ def test_prometheus_asks_where_metrics_are() -> None:
     targets = {job["job_name"]: job["static_configs"][0]["targets"][0] for job in config["scrape_configs"]}
     assert targets["quire-gateway"] == arguments["metrics-listen"].replace("0.0.0.0", "quire")
     assert targets["quire-controller"] == arguments["controller-metrics-listen"].replace("0.0.0.0", "quire")
+    rules = [path for path in config["rule_files"] if path.startswith("rules/")]
+    assert all((DEPLOY / "prometheus" / path.removeprefix("rules/")).exists() for path in rules)
+    assert len(rules) == 2
     source = yaml.safe_load((DEPLOY / "compose" / "grafana" / "datasources" / "prometheus.yaml").read_text())
     assert source["datasources"][0]["url"] == "http://prometheus:9090"
 

@@ -11,24 +11,15 @@ from quire.common.config import ModelConfig, ServeConfig, parse_setting, resolve
 
 CASES = value_sets()
 COMMANDS = {"controller": controller, "gateway": gateway, "serve": serve}
-# Of these, a program without metrics has none.
-METRICS_FLAGS = {"--metrics-listen", "--controller-metrics-listen"}
 
 
 def parsed(arguments: list[str]) -> ServeConfig:
     """The settings as the command itself reads them."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     COMMANDS[arguments[0]].add_arguments(parser)
-    known = [argument for argument in arguments[1:] if not is_missing(parser, argument)]
-    assert {argument.partition("=")[0] for argument in arguments[1:] if argument not in known} <= METRICS_FLAGS
-    args = parser.parse_args(known)
+    args = parser.parse_args(arguments[1:])
     names = {f.name for cls in (ServeConfig, ModelConfig) for f in fields(cls)}
     return resolve_config({name: value for name, value in vars(args).items() if name in names}, environ={})
-
-
-def is_missing(parser: argparse.ArgumentParser, argument: str) -> bool:
-    flags = {flag for action in parser._actions for flag in action.option_strings}
-    return argument.startswith("--") and argument.partition("=")[0] not in flags
 
 
 def command_lines(rendered: Rendered) -> dict[str, ServeConfig]:

@@ -57,6 +57,12 @@ def test_containers_say_what_they_need(rendered: Rendered) -> None:
             assert component in ("worker", "gateway") or "memory" in container["resources"]["limits"]
 
 
+def test_process_1_hears_signals_and_reaps(rendered: Rendered) -> None:
+    for template in pod_templates(rendered).values():
+        if not template["spec"].get("shareProcessNamespace") and template["spec"].get("restartPolicy") != "Never":
+            assert all(item.get("command", ["ray"])[0] in ("tini", "ray") for item in template["spec"]["containers"])
+
+
 def test_a_gateway_has_more_time_to_end_than_it_needs(rendered: Rendered) -> None:
     spec = pod_templates(rendered)["gateway"]["spec"]
     args = dict(arg.removeprefix("--").partition("=")[::2] for arg in spec["containers"][0]["args"])

@@ -1,5 +1,7 @@
 """Every set of values of the chart, for two versions of Kubernetes, through Helm's own engine and strict schemas."""
 
+import re
+
 import pytest
 from helm_chart import KUBE_VERSIONS, lint, render, value_sets
 from kube_schemas import problems
@@ -39,3 +41,15 @@ def test_the_schemas_refuse_what_does_not_exist() -> None:
     gateway = rendered.one("Deployment", "-gateway")
     gateway["spec"]["template"]["spec"]["containers"][0]["startupProbe"]["grcp"] = {"port": 1}
     assert [len(problems(item, KUBE_VERSIONS[0])) for item in (cluster, gateway)] == [2, 1]
+
+
+@pytest.mark.parametrize("topology", ["standalone", "cluster"])
+def test_long_names_are_cut_to_what_kubernetes_takes(topology: str) -> None:
+    values = CASES["gpu"] | {"topology": topology, "fullnameOverride": ""}
+    rendered = render(values, name="a-release-with-a-name-as-long-as-helm-lets-it-be-here")
+    names = [item["metadata"]["name"] for item in rendered.objects]
+    assert len(set(names)) >= 4
+    for name in names:
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name), name
+    for cluster in rendered.of_kind("RayCluster"):
+        assert len(f"{cluster['metadata']['name']}-head-svc") <= 50, "KubeRay cuts what is longer"

@@ -108,6 +108,7 @@ exec:
     - --tls-key=/etc/quire/tls/tls.key
     {{- end }}
     - --service={{ .service }}
+    - --timeout=5
 {{- else }}
 grpc:
   port: {{ .root.Values.gateway.port }}

@@ -35,3 +35,12 @@ def test_a_refusal_says_what_was_asked_what_there_is_and_what_to_change() -> Non
         "model m has 2 groups in place, and 5 were asked for: 3 more of 2 ranks each, a rank taking 1 GPU, all of a group on one host; "
         "Ray has 3, 1 GPU left on its 2 hosts, room for 1 more; ask for at most 3, or add hosts to Ray"
     )
+
+
+def test_a_group_that_spans_hosts_takes_what_all_of_them_have_left() -> None:
+    how = {"model": "m", "resource": "GPU", "ranks_per_group": 4, "num_placed": 0, "spans_hosts": True}
+    assert placement_refusal({"a": 2.0, "b": 3.0}, num_groups=1, **how) is None  # type: ignore[arg-type]
+    refusal = placement_refusal({"a": 2.0, "b": 3.0}, num_groups=2, **how)  # type: ignore[arg-type]
+    assert refusal is not None
+    assert refusal.metadata["possible"] == "1"
+    assert "on one host" not in refusal.message
