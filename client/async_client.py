@@ -29,6 +29,7 @@ from quire.client.settings import (
     changed,
     resolve_settings,
 )
+from quire.client.trace_context import Metadata, traced
 from quire.common.errors import Cancelled, QuireError
 from quire.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -154,7 +155,10 @@ class AsyncClient:
         timeout_s = call_timeout_s(self._settings, options.get("timeout_s"))
 
         def open_call(time_left_s: float | None) -> "grpc.aio.UnaryStreamCall[Any, inference_pb2.GenerateStreamResponse]":
-            return self._connection.inference.GenerateStream(request, timeout=time_left_s, metadata=self._settings.metadata)
+            def make(metadata: Metadata) -> "grpc.aio.UnaryStreamCall[Any, inference_pb2.GenerateStreamResponse]":
+                return self._connection.inference.GenerateStream(request, timeout=time_left_s, metadata=metadata)
+
+            return traced(make, self._settings.metadata, request)
 
         return AsyncStream(open_call, tries=self._tries(timeout_s), as_error=self._as_error(timeout_s))
 
@@ -165,8 +169,13 @@ class AsyncClient:
         timeout_s = call_timeout_s(self._settings, timeout_s)
         tries = self._tries(timeout_s)
         while True:
+            time_left_s = tries.time_left_s(time.monotonic())
+
+            def make(metadata: Metadata, time_left_s: float | None = time_left_s) -> "grpc.aio.UnaryUnaryCall[Request, Response]":
+                return method(request, timeout=time_left_s, metadata=metadata)
+
             try:
-                return await method(request, timeout=tries.time_left_s(time.monotonic()), metadata=self._settings.metadata)
+                return await traced(make, self._settings.metadata, request)
             except grpc.RpcError as rpc_error:
                 error = self._as_error(timeout_s)(rpc_error)
                 delay_s = tries.delay_after_s(error, now_s=time.monotonic())

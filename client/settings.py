@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from quire.client.trace_context import trace_metadata
 from quire.common.errors import ConfigError, InvalidRequest
 
 DEFAULT_PORT: Final = 50051
@@ -39,7 +38,7 @@ class ClientSettings:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes with every call."""
-        return ((("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()) + trace_metadata()
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
 
 
 def resolve_settings(

@@ -20,6 +20,7 @@ from quire.client.retries import Tries
 from quire.client.rpc_errors import error_from_rpc
 from quire.client.settings import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT_S, call_timeout_s, changed, resolve_settings
 from quire.client.stream import Stream
+from quire.client.trace_context import Metadata, traced
 from quire.common.errors import Cancelled, QuireError
 from quire.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -162,7 +163,10 @@ class Client:
         timeout_s = call_timeout_s(self._settings, options.get("timeout_s"))
 
         def open_call(time_left_s: float | None) -> Any:
-            return self._inference.GenerateStream(request, timeout=time_left_s, metadata=self._settings.metadata)
+            def make(metadata: Metadata) -> Any:
+                return self._inference.GenerateStream(request, timeout=time_left_s, metadata=metadata)
+
+            return traced(make, self._settings.metadata, request)
 
         return Stream(open_call, tries=self._tries(timeout_s), as_error=self._as_error(timeout_s))
 
@@ -173,7 +177,8 @@ class Client:
         timeout_s = call_timeout_s(self._settings, timeout_s)
         tries = self._tries(timeout_s)
         while True:
-            call = method.future(request, timeout=tries.time_left_s(time.monotonic()), metadata=self._settings.metadata)
+            make = partial(method.future, request, tries.time_left_s(time.monotonic()))
+            call = traced(make, self._settings.metadata, request)
             try:
                 return call.result()
             except grpc.RpcError as rpc_error:

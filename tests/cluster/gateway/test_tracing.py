@@ -11,9 +11,12 @@ from fake_scheduler import FakeScheduler, Script
 from gateway_parts import refusal, running_gateway, until
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from otlp_receiver import OtlpReceiver, attributes
 
-from quire.client import AsyncClient
+from quire.client import AsyncClient, Client
+from quire.client.options import GenerateOptions
 from quire.cluster.gateway.tracing import Tracing
 from quire.common.errors import ConfigError
 from quire.common.messages import Cancel, Submit
@@ -111,6 +114,40 @@ async def test_the_sdk_hands_on_the_span_that_it_is_called_in(tmp_path: Path) ->
     assert below.trace_id.hex() == trace.format_trace_id(context.trace_id)
     assert below.parent_span_id.hex() == trace.format_span_id(context.span_id)
     assert alone.parent_span_id == b""
+
+
+@pytest.mark.parametrize("how", ["generate", "stream", "async generate", "async stream"])
+async def test_each_request_of_the_sdk_is_a_span_that_ends_with_it(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exported))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)  # the global one can be set only once in a process
+    options: GenerateOptions = {"model": "quire-tales", "max_tokens": 4}
+
+    def call_from_a_thread(address: str) -> None:
+        with Client(address) as client:
+            if how == "generate":
+                client.generate("once", **options)
+            else:
+                list(client.stream("once", **options))
+
+    with OtlpReceiver() as collector:
+        scheduler = FakeScheduler(script=lambda _: SCRIPT)
+        async with running_gateway(tmp_path, scheduler=scheduler, otlp_endpoint=collector.address) as running:
+            if how.startswith("async"):
+                async with AsyncClient(running.address) as client:
+                    if how == "async generate":
+                        await client.generate("once", **options)
+                    else:
+                        assert [delta async for delta in client.stream("once", **options)]
+            else:
+                await asyncio.to_thread(call_from_a_thread, running.address)
+            await until(lambda: len(exported.get_finished_spans()) == 1)
+        server = collector.by_name()["generate quire-tales"]
+    (span,) = exported.get_finished_spans()
+    assert (span.name, span.kind) == ("text_completion quire-tales", trace.SpanKind.CLIENT)
+    assert server.parent_span_id.hex() == trace.format_span_id(span.context.span_id)
+    assert server.trace_id.hex() == trace.format_trace_id(span.context.trace_id)
 
 
 async def test_histograms_name_a_trace_for_who_asks_in_openmetrics(tmp_path: Path) -> None:
