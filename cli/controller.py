@@ -11,6 +11,8 @@ from quire.cluster.controller.listen_address import check_listen_address, check_
 from quire.cluster.controller.ray_environment import prepare_joined_ray
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.config import plan_model
+from quire.common.curve import CurveKeys
+from quire.common.errors import ConfigError
 from quire.common.files import write_json_atomically
 
 # Settings of the edge, which other processes have.
@@ -42,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where gateways of other hosts reach the scheduler, and ranks at the next port, encrypted; groups may be on any host of that "
         "Ray then. When not given, all is on this host",
     )
+    parser.add_argument(
+        "--cluster-key",
+        metavar="FILE",
+        help="the file cluster_key of `quire key new`; when not given, new ones are made in the run's folder",
+    )
     parser.add_argument("--stop", action="store_true", help="end the controller that another process started there, and all of it")
     parser.add_argument("--ready-file", metavar="FILE", help="write the address of discovery here, as JSON, once every group is ready")
     add_setting_arguments(parser, without=_EDGE_SETTINGS)
@@ -61,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     check_listen_address(args.discovery_listen, insecure=config.insecure)
     if args.scheduler_listen is not None:
         check_scheduler_address(args.scheduler_listen)
+    keys = read_cluster_key(args.cluster_key)
     check_tokenizer(plan)
     prepare_joined_ray()
     from quire.cluster.controller.joined_cluster import JoinedCluster, RayConnection
@@ -70,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"starting {plan.name} on Ray at {args.ray_address}", flush=True)
     with RayConnection(args.ray_address):
         stop.install()  # behind Ray, which puts handlers of its own
-        cluster = JoinedCluster(config, plan, stop, discovery_listen=args.discovery_listen, scheduler_listen=args.scheduler_listen)
+        cluster = JoinedCluster(
+            config, plan, stop, discovery_listen=args.discovery_listen, scheduler_listen=args.scheduler_listen, keys=keys
+        )
         try:
             address = cluster.start()
             if address:
@@ -86,3 +96,16 @@ def run(args: argparse.Namespace) -> int:
         finally:
             cluster.stop(keep_logs=sys.exc_info()[0] is not None)
     return 0
+
+
+def read_cluster_key(path: str | None) -> CurveKeys | None:
+    """
+    Raises:
+        ConfigError: it is not there, or only gateways' part.
+    """
+    if path is None:
+        return None
+    keys = CurveKeys.read(Path(path).expanduser())
+    if keys.server_secret is None:
+        raise ConfigError(f"{path} is the part of a cluster's key that gateways have; give the controller the file cluster_key beside it")
+    return keys

@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "scale": ("quire.cli.scale", "give a model more worker groups, or fewer"),
     "restart": ("quire.cli.restart", "restart worker groups, one after the other"),
     "doctor": ("quire.cli.doctor", "check whether this machine can serve, and say what to do where it cannot"),
+    "key": ("quire.cli.key", "make the keys of a cluster on several hosts"),
     "token": ("quire.cli.token", "make a token for a tenant of a cluster"),
     "bench": ("quire.cli.bench", "measure a running cluster, or its scheduler alone"),
     "debug": ("quire.cli.debug", "look into what a cluster did"),

@@ -67,9 +67,14 @@ class CurveKeys:
         if path.exists():
             return cls.read(path)
         keys = cls.new()
-        keys.of_clients().write(folder / CLIENT_KEY)
-        keys.write(path)
+        keys.put_into(folder)
         return keys
+
+    def put_into(self, folder: Path) -> None:
+        """Write both files into a cluster's run folder, which has none yet."""
+        assert self.server_secret is not None, "the keys of clients are not a cluster's"
+        self.of_clients().write(folder / CLIENT_KEY)
+        self.write(folder / CLUSTER_KEY)
 
     def of_clients(self) -> Self:
         """What those who connect have."""

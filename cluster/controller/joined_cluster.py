@@ -19,7 +19,7 @@ from quire.cluster.controller.local_cluster import MAX_BASE_CHARS
 from quire.cluster.controller.rank_actors import HEAD_RESOURCE
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.config import ModelPlan, ServeConfig
-from quire.common.curve import CLIENT_KEY
+from quire.common.curve import CLIENT_KEY, CurveKeys
 from quire.common.errors import AlreadyExists, NotFound, Unavailable
 
 # How long the controller may take to end what it started.
@@ -59,13 +59,21 @@ class JoinedCluster:
     """Starts a controller in `start`; it lives on without this process, until `stop` or `leave_ray` of another one."""
 
     def __init__(
-        self, config: ServeConfig, plan: ModelPlan, stop: StopSignals, *, discovery_listen: str, scheduler_listen: str | None = None
+        self,
+        config: ServeConfig,
+        plan: ModelPlan,
+        stop: StopSignals,
+        *,
+        discovery_listen: str,
+        scheduler_listen: str | None = None,
+        keys: CurveKeys | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
         self._stop = stop
         self._discovery_listen = discovery_listen
         self._scheduler_listen = scheduler_listen
+        self._keys = keys  # None: new ones are made
         self._controller: Any = None
         self._over: ActorWait
         self._folder: Path
@@ -85,6 +93,8 @@ class JoinedCluster:
         base = tempfile.gettempdir()
         self._folder = folder = Path(tempfile.mkdtemp(prefix="quire-", dir=base if len(base) <= MAX_BASE_CHARS else "/tmp"))  # mode 0700
         (folder / "logs").mkdir()
+        if self._keys is not None:
+            self._keys.put_into(folder)
         rank_resource = "GPU" if self._plan.device == "cuda" else "CPU"
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
         self._controller = options.remote(

@@ -16,6 +16,8 @@ from typing import Any, Final, Self
 
 from serving import STOP_TIMEOUT_S, tagged_processes, wait_for
 
+from quire.common.curve import CurveKeys
+
 READY_TIMEOUT_S: Final = 120.0
 _TAG: Final = "QUIRE_TEST_TAG"
 # What Ray's daemons need to be told so that they do without much memory.
@@ -46,6 +48,9 @@ class TwoHosts:
             "TMPDIR": str(self.folder),
         }
         self._num_cpus = num_cpus
+        self._keys = self.folder / "keys"
+        self._keys.mkdir()
+        CurveKeys.new().put_into(self._keys)
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
@@ -76,6 +81,7 @@ class TwoHosts:
         ready, output_path = folder / "ready.json", folder / "output"
         command = [sys.executable, "-P", "-m", "quire.cli.main", "controller", "--ray-address", self.ray_address, "--insecure"]
         command += ["--discovery-listen", f"{self.head_ip}:0", "--scheduler-listen", f"{self.head_ip}:0", "--ready-file", str(ready)]
+        command += ["--cluster-key", str(self._keys / "cluster_key")]
         process = self._spawn([*command, *arguments], output_path, folder)
         wait_for(lambda: ready.exists() or process.poll() is not None, timeout_s=READY_TIMEOUT_S)
         assert process.poll() is None, output_path.read_text()
@@ -89,7 +95,7 @@ class TwoHosts:
         ready, output_path = folder / f"gateway-{name}.json", folder / f"gateway-{name}.log"
         host = self.worker_ip if on_worker else self.head_ip
         command = [sys.executable, "-P", "-m", "quire.cli.main", "gateway", "--discovery", found["address"], "--insecure"]
-        command += ["--cluster-key", found["cluster_key"], "--listen", f"{host}:0", "--ready-file", str(ready)]
+        command += ["--cluster-key", str(self._keys / "client_key"), "--listen", f"{host}:0", "--ready-file", str(ready)]
         process = self._spawn(self.on_worker(*command) if on_worker else command, output_path, folder)
         wait_for(lambda: ready.exists() or process.poll() is not None, timeout_s=READY_TIMEOUT_S)
         assert process.poll() is None, output_path.read_text()
