@@ -74,6 +74,24 @@ def test_gateways_find_their_secrets() -> None:
     assert {"/etc/quire/tokens", "/etc/quire/tls"} <= mounts
 
 
+def test_parts_of_a_cluster_find_each_other() -> None:
+    templates = pod_templates(render(CASES["gpu"]))
+    head, edge = templates["head"]["spec"]["containers"][1], templates["gateway"]["spec"]["containers"][0]
+    parsers = {}
+    for name, container in (("controller", head), ("gateway", edge)):
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        COMMANDS[name].add_arguments(parser)
+        parsers[name] = parser.parse_args(container["args"][1:])
+    assert parsers["controller"].scheduler_listen == "$(POD_IP):50053"
+    assert {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}} in head["env"]
+    assert parsers["controller"].cluster_key == "/etc/quire/cluster-key/cluster_key"
+    assert parsers["gateway"].cluster_key == "/etc/quire/cluster-key/client_key"
+    service = render(CASES["gpu"]).one("Service", "-controller")
+    assert parsers["gateway"].discovery == f"{service['metadata']['name']}:50052"
+    (volume,) = [volume for volume in templates["gateway"]["spec"]["volumes"] if volume["name"] == "cluster-key"]
+    assert volume["secret"]["items"] == [{"key": "client_key", "path": "client_key"}], "the scheduler's secret is not for gateways"
+
+
 def test_groups_come_by_the_environment() -> None:
     container = pod_templates(render(CASES["gpu"]))["head"]["spec"]["containers"][1]
     (groups,) = [entry for entry in container["env"] if entry["name"] == "QUIRE_GROUPS"]

@@ -104,7 +104,9 @@ def test_the_controller_shares_with_ray_what_it_joins_through(cluster: Rendered)
     spec = pod_templates(cluster)["head"]["spec"]
     ray, controller = spec["containers"]
     assert spec["shareProcessNamespace"] is True
-    assert ray["volumeMounts"] == controller["volumeMounts"]
+    *shared, key = controller["volumeMounts"]
+    assert ray["volumeMounts"] == shared
+    assert key["name"] == "cluster-key"
     assert {"/tmp", "/dev/shm"} <= {mount["mountPath"] for mount in ray["volumeMounts"]}
     assert {volume["name"]: volume for volume in spec["volumes"]}["shm"]["emptyDir"]["medium"] == "Memory"
 

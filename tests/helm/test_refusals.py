@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from helm_chart import ChartRefused, render, value_sets
 
-DEMO: dict[str, Any] = {"security": {"insecure": True}}
+DEMO: dict[str, Any] = {"security": {"insecure": True, "clusterKeySecretName": "quire-keys"}}
 
 
 def model(**changes: Any) -> dict[str, Any]:
@@ -23,6 +23,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "tokens without TLS": ({"security": {"tokens": {"secretName": "tokens"}}}, "security.tls.secretName"),
     "client certificates without TLS": ({"security": {"insecure": True, "tls": {"clientCertificates": True}}}, "there is no TLS without"),
     "a secret in the values": ({"security": {"insecure": True, "tokens": {"value": "s3cret"}}}, "value"),
+    "a cluster without keys": ({"topology": "cluster", "security": {"insecure": True}}, "quire key new keys"),
+    "a port and the one behind another": (
+        DEMO | {"controller": {"schedulerPort": 9400}},
+        "the port behind controller.schedulerPort are both 9401",
+    ),
     "no such topology": (DEMO | {"topology": "serverless"}, "topology"),
     "a misspelt value": (DEMO | {"gatway": {}}, "gatway"),
     "a misspelt setting": (DEMO | {"config": {"drain_timeout_s": 30, "max_waitng_requests": 3}}, "max_waitng_requests"),

@@ -4,6 +4,9 @@
 {{- if not (or .insecure (and .tokens.secretName .tls.secretName)) -}}
 {{- fail "security: other hosts reach the gateways, so they need security.tokens.secretName and security.tls.secretName; or set security.insecure=true if the network is trusted" -}}
 {{- end -}}
+{{- if and (eq $.Values.topology "cluster") (not .clusterKeySecretName) -}}
+{{- fail "topology is cluster, whose pods know each other by keys; make them (quire key new keys; kubectl create secret generic quire-keys --from-file keys) and set security.clusterKeySecretName=quire-keys" -}}
+{{- end -}}
 {{- if and .tls.clientCertificates (not .tls.secretName) -}}
 {{- fail "security.tls.clientCertificates is true, but there is no TLS without security.tls.secretName; give it too" -}}
 {{- end -}}
@@ -32,10 +35,14 @@
 {{- if eq (index $ports 0) (index $ports 1) -}}
 {{- fail (printf "gateway.port and gateway.metricsPort are both %d; give them different ports" (index $ports 0)) -}}
 {{- end -}}
-{{- if eq (int64 .Values.controller.discoveryPort) (int64 .Values.controller.metricsPort) -}}
-{{- fail (printf "controller.discoveryPort and controller.metricsPort are both %d; give them different ports" (int64 .Values.controller.metricsPort)) -}}
+{{- $steps := add (int64 .Values.controller.schedulerPort) 1 -}}
+{{- $ports = dict "controller.discoveryPort" .Values.controller.discoveryPort "controller.metricsPort" .Values.controller.metricsPort "controller.schedulerPort" .Values.controller.schedulerPort "the port behind controller.schedulerPort" $steps -}}
+{{- range $name, $port := $ports -}}
+{{- range $other, $taken := $ports -}}
+{{- if and (lt $name $other) (eq (int64 $port) (int64 $taken)) -}}
+{{- fail (printf "%s and %s are both %d; give them different ports" $name $other (int64 $port)) -}}
 {{- end -}}
-{{- range $name, $port := dict "controller.discoveryPort" .Values.controller.discoveryPort "controller.metricsPort" .Values.controller.metricsPort -}}
+{{- end -}}
 {{- if and (ge (int64 $port) 10002) (le (int64 $port) 19999) -}}
 {{- fail (printf "%s is %d, but Ray gives ports 10002 to 19999 to its workers; choose one outside" $name (int64 $port)) -}}
 {{- end -}}

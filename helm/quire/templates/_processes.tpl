@@ -79,6 +79,9 @@
 {{- end }}
 - --ray-address=auto
 - --discovery-listen=0.0.0.0:{{ .Values.controller.discoveryPort }}
+# Kubernetes puts the pod's address in.
+- --scheduler-listen=$(POD_IP):{{ .Values.controller.schedulerPort }}
+- --cluster-key=/etc/quire/cluster-key/cluster_key
 - --controller-metrics-listen=0.0.0.0:{{ .Values.controller.metricsPort }}
 # Discovery has no TLS; the NetworkPolicy says who reaches it.
 - --insecure
@@ -89,6 +92,7 @@
 {{- define "quire.gatewayArgs" -}}
 - gateway
 - --discovery={{ include "quire.fullname" . }}-controller:{{ .Values.controller.discoveryPort }}
+- --cluster-key=/etc/quire/cluster-key/client_key
 {{ include "quire.edgeFlags" . }}
 {{- include "quire.settingFlags" (dict "root" . "command" "gateway") }}
 {{- end -}}
