@@ -74,9 +74,9 @@ class RankActors:
         """
         bundle = {self._rank_resource: RANK_SHARE} | ({} if self._may_leave_head else {HEAD_RESOURCE: HEAD_SHARE})
         bundles = [bundle] * group.tensor_parallel_size
-        several = await asyncio.to_thread(self.needs_several_hosts, group.tensor_parallel_size)
-        strategy = "PACK" if several else "STRICT_PACK"
-        place = placement_group(bundles, strategy=strategy, name=_place_name(group), lifetime="detached")
+        # On this host alone there is nothing to ask, and so no moment in which `end` could come before the place is known.
+        several = self._may_leave_head and await asyncio.to_thread(self.needs_several_hosts, group.tensor_parallel_size)
+        place = placement_group(bundles, strategy="PACK" if several else "STRICT_PACK", name=_place_name(group), lifetime="detached")
         self._places[group.group_id] = place
         try:
             await asyncio.wait_for(place.ready(), PLACEMENT_TIMEOUT_S)
