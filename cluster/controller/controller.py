@@ -356,10 +356,11 @@ class _Controller:
         num_failures = 0
         while True:
             started_s = monotonic()
-            if actor is None and self._state.num_schedulers:
-                self._perform(self._table.on_scheduler_lost())
+            is_replaced = actor is None and self._state.num_schedulers > 0
             try:
                 self._scheduler = actor or await self._start_scheduler()
+                if is_replaced:  # not before: what the link holds for the former one, which may have been killed just now, is lost
+                    self._perform(self._table.on_scheduler_lost())
                 code = await self._scheduler.wait.remote()
                 end = "the scheduler is stopped" if code == STOPPED else f"the scheduler ended with code {code}"
             except ray.exceptions.RayActorError:
@@ -369,6 +370,7 @@ class _Controller:
                 self._finish(end)
                 return
             if self._scheduler is not None:
+                await stop_child(self._scheduler, is_lost=True)  # it may only be stopped
                 await asyncio.to_thread(ray.kill, self._scheduler)
             actor = self._scheduler = None
             log.warning("%s; the next one follows in %g s", end, restart_pause_s(num_failures))
