@@ -54,8 +54,7 @@ class _Identity:
     pid: int
     host: str
     machine: str
-    # Equal where one process can map what another made: one kernel, one set of process ids; "" if unknown.
-    memory_domain: str
+    memory_domain: str  # equal where one process can map what another made: one kernel, one set of process ids; "" if unknown
 
 
 def connect(*, rendezvous_path: Path, rank: int, size: int) -> Collective:

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Final, Protocol
+from typing import Protocol
 
 from quire.cluster.controller.groups import Group, GroupState
 from quire.cluster.metric_page import Families, page_of
@@ -13,8 +13,6 @@ from quire.common.config import ModelPlan
 from quire.common.errors import Unavailable
 from quire.common.http_pages import Page
 from quire.common.messages import GroupStatus, PoolStatus, QueueStatus, Status
-
-_PRIORITIES: Final = {1: "low", 2: "normal", 3: "high"}
 
 
 class WatchedController(Protocol):
@@ -86,7 +84,7 @@ class ControllerMetrics:
 
     def _add_queue(self, families: Families, queue: QueueStatus) -> None:
         waiting = dict(queue.num_waiting_by_priority)
-        for priority, label in _PRIORITIES.items():
+        for priority, label in names.PRIORITY_LABELS.items():
             families.add(names.WAITING_BY_PRIORITY, (label,), waiting.get(priority, 0))
         families.add(names.QUEUE_LIMIT, (), queue.max_waiting)
         families.add(names.QUEUE_TOKENS, (), queue.num_waiting_tokens)

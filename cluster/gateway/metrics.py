@@ -21,8 +21,6 @@ from quire.common.messages import EndReason
 from quire.common.metric_names import Metric
 
 OK: Final = "ok"
-# Classes as SubmitRequest numbers them.
-_PRIORITIES: Final = {1: "low", 2: "normal", 3: "high"}
 # Ends that are there with 0 from the start: the rate of a counter that appears with its first event misses that one.
 _EXPECTED_ENDS: Final = (("resource_exhausted", "QUEUE_FULL"), ("internal", "UNEXPECTED"), ("unavailable", "NO_READY_GROUP"))
 
@@ -107,7 +105,7 @@ class GatewayMetrics:
             return
         account = record.account
         self._duration.labels(model).observe(now_s - record.arrival_s, exemplar)
-        self._queue.labels(model, _PRIORITIES.get(record.priority, "other")).observe(account.spans.queue_s)
+        self._queue.labels(model, names.PRIORITY_LABELS.get(record.priority, "other")).observe(account.spans.queue_s)
         self._cached_tokens.labels(model).inc(account.usage.num_cached_tokens)
         if account.num_preemptions:
             self._preempted.labels(model).observe(account.spans.preempted_s)
