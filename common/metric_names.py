@@ -9,11 +9,11 @@ from typing import Final, Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
 
-# Edges of OpenTelemetry's conventions for generative AI, in seconds: gen_ai.server.time_to_first_token, .time_per_output_token
-# and .request.duration, each with a bucket or two beyond for requests that are long here.
 # Values of the label `priority`, by the number that messages have for the class.
 PRIORITY_LABELS: Final = {1: "low", 2: "normal", 3: "high"}
 
+# Edges of OpenTelemetry's conventions for generative AI, in seconds: gen_ai.server.time_to_first_token, .time_per_output_token
+# and .request.duration, each with a bucket or two beyond for requests that are long here.
 TTFT_EDGES_S: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
 TIME_PER_TOKEN_EDGES_S: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 DURATION_EDGES_S: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68)
