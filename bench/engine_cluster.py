@@ -23,6 +23,7 @@ from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.child_process import start_child, stop_child
 from quire.common.config import ModelPlan
 from quire.common.errors import InternalError, Unavailable
+from quire.common.gpu import visible_gpus
 from quire.common.hashing import cache_root, hash_full_blocks
 from quire.common.messages import (
     PROTOCOL_VERSION,
@@ -48,7 +49,7 @@ from quire.common.messages import (
     decode_session_up,
     encode,
 )
-from quire.worker.rank_spec import make_rank_spec
+from quire.worker.rank_spec import RankSpec, make_rank_spec
 
 GATEWAY: Final = b"bench-gateway"
 TENANT: Final = "local"
@@ -189,7 +190,7 @@ class Engine:
             for rank in range(self.plan.tensor_parallel_size)
         ]
         for rank_spec in self._specs:
-            environ = {"CUDA_VISIBLE_DEVICES": _visible_gpu(rank_spec.rank)} if rank_spec.device == "cuda" else {}
+            environ = {"CUDA_VISIBLE_DEVICES": _visible_gpus(rank_spec)} if rank_spec.device == "cuda" else {}
             self._start_process(f"rank-{rank_spec.rank}", "quire.worker.rank_process", asdict(rank_spec), environ)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._exits.callback(context.destroy, linger=0)
@@ -322,8 +323,9 @@ def _request_id(run: int, index: int) -> str:
     return f"run-{run}-{index}"
 
 
-def _visible_gpu(rank: int) -> str:
-    """The GPU of a rank, of those that this process may see: a rank sees no other, as under the controller."""
+def _visible_gpus(spec: RankSpec) -> str:
+    """The GPUs of a rank, of those that this process may see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else []
-    return gpus[rank] if rank < len(gpus) else str(rank)
+    numbered = [gpus[rank] if rank < len(gpus) else str(rank) for rank in range(spec.tensor_parallel_size)]
+    return visible_gpus(numbered, rank=spec.rank)

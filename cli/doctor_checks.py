@@ -53,7 +53,12 @@ def python() -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     """Everything that the server extra asks for, at a version that it asks for."""
     found, wrong = [], []
-    for text in metadata.requires("quire") or ():
+    try:
+        requirements = metadata.requires("quire") or ()
+    except metadata.PackageNotFoundError:
+        yield bad("packages: quire runs from its source without being installed", 'install it with: pip install "quire[server]"')
+        return
+    for text in requirements:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": "server"}):
             continue

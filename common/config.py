@@ -172,7 +172,6 @@ def plan_model(config: ModelConfig) -> ModelPlan:
 
     Raises:
         ConfigError: the settings and the model do not fit; the message holds both numbers.
-        NotSupported: a setting whose feature this version does not have, by name.
     """
     folder = read_model_folder(_model_path(config.model), needs_weights=not config.dummy_weights)
     tensor_parallel_size = config.tensor_parallel_size
@@ -368,13 +367,7 @@ def _check_ranges(config: ServeConfig) -> None:
 
 
 def _device(config: ModelConfig) -> str:
-    device = config.device if config.device != "auto" else "cuda" if torch_sees_gpu() else "cpu"
-    if device == "cuda" and config.tensor_parallel_size > 1:
-        raise NotSupported(
-            f"tensor_parallel_size = {config.tensor_parallel_size} is not supported yet on cuda; leave it at 1, or use device cpu",
-            reason="SETTING_NOT_SUPPORTED",
-        )
-    return device
+    return config.device if config.device != "auto" else "cuda" if torch_sees_gpu() else "cpu"
 
 
 def _model_path(model: str | None) -> Path:

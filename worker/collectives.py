@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quire.common.errors import Unavailable
+from quire.common.errors import NotSupported, Unavailable
 from quire.worker.collectives_gloo import GlooCollective
 from quire.worker.collectives_shared_memory import SharedMemoryCollective
 
@@ -57,8 +57,10 @@ class _Identity:
     memory_domain: str  # equal where one process can map what another made: one kernel, one set of process ids; "" if unknown
 
 
-def connect(*, rendezvous_path: Path, rank: int, size: int) -> Collective:
+def connect(*, rendezvous_path: Path, rank: int, size: int, gpu_partial_bytes: int | None = None) -> Collective:
     """Meet the other ranks of the group at a file that is new for each meeting.
+
+    gpu_partial_bytes: for ranks with a GPU each: of the largest partial sum of a step; None for ranks that compute on CPU
 
     A file and not an address, because torch's TCPStore listens on every interface. Shared memory where all ranks are
     processes of one x86 host, 3 to 40 times quicker than gloo there; else gloo, on the loopback interface if one host it is.
@@ -68,6 +70,15 @@ def connect(*, rendezvous_path: Path, rank: int, size: int) -> Collective:
     own = _Identity(os.getpid(), socket.gethostname(), platform.machine(), _memory_domain())
     store.set(f"rank/{rank}", json.dumps(asdict(own)))
     ranks = [_Identity(**json.loads(store.get(f"rank/{other}"))) for other in range(size)]
+    if gpu_partial_bytes is not None:
+        if any(other.host != own.host for other in ranks):
+            hosts = ", ".join(sorted({other.host for other in ranks}))
+            raise NotSupported(f"the ranks of a group have GPUs on several hosts ({hosts}); they must be on one", reason="GPUS_ON_SEVERAL_HOSTS")
+        from quire.worker.collectives_cuda import CudaCollective  # imports Triton
+
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+        return CudaCollective(store, rank=rank, size=size, timeout_s=WAIT_TIMEOUT_S, partial_bytes=gpu_partial_bytes)
     if own.memory_domain and all(other.memory_domain == own.memory_domain for other in ranks) and own.machine == "x86_64":
         pids = [other.pid for other in ranks]
         return SharedMemoryCollective.connect(store, rank=rank, pids=pids, timeout_s=WAIT_TIMEOUT_S)

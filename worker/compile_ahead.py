@@ -28,8 +28,10 @@ import quire.kernels
 from quire.common.child_process import die_with_parent, enter_child
 from quire.common.errors import ConfigError
 from quire.common.model_folder import ModelFolder, read_model_folder
+from quire.worker.gpu_memory import partial_bytes
 from quire.worker.graphed_steps import KINDS, GraphedSteps
 from quire.worker.kv_cache import KvCache
+from quire.worker.lone_collective import LoneCollective
 from quire.worker.models.llama import LlamaModel, LlamaShare, read_llama_config
 from quire.worker.models.llama_weights import empty_weights
 from quire.worker.models.load_model import DTYPES
@@ -45,6 +47,8 @@ TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.01
 # Processes of one host; each takes a CPU, and some hundred megabytes of the GPU.
 _MAX_PROCESSES: Final = 10
+# What they take of the GPU together at most: contexts, and the stand-ins' buffers for the largest step.
+_MAX_GPU_BYTES: Final = 24 * 2**30
 # Of the stand-in for the model: kernels of layers do not depend on these.
 _NUM_LAYERS: Final = 1
 _NUM_BLOCKS: Final = 64
@@ -85,6 +89,11 @@ class CompileAhead:
                 _run(works[first:] + works[:first], self._claims, parent_pid)
             self._pids.append(pid)
         os.close(reader)
+
+    @property
+    def max_gpu_bytes(self) -> int:
+        """What all of them may take of the GPU."""
+        return _MAX_GPU_BYTES
 
     @property
     def is_done(self) -> bool:
@@ -191,7 +200,11 @@ def _runner(spec: RankSpec, folder: ModelFolder, dtype: torch.dtype, vocab_size:
     config = replace(read_llama_config(folder), num_layers=_NUM_LAYERS, vocab_size=vocab_size, is_tied=True)
     small = replace(folder, num_layers=_NUM_LAYERS, vocab_size=vocab_size)
     share = LlamaShare(config, spec.rank, spec.tensor_parallel_size)
-    model = LlamaModel(small, share, empty_weights(share, dtype=dtype, device=spec.device))
+    collective = None
+    if spec.tensor_parallel_size > 1:
+        num_bytes = partial_bytes(folder, dtype=spec.dtype, max_tokens=max(spec.max_batched_tokens, spec.max_sequences))
+        collective = LoneCollective(rank=spec.rank, size=spec.tensor_parallel_size, partial_bytes=num_bytes, device=spec.device)
+    model = LlamaModel(small, share, empty_weights(share, dtype=dtype, device=spec.device), collective)
     kv_cache = KvCache(
         num_blocks=_NUM_BLOCKS,
         num_layers=_NUM_LAYERS,

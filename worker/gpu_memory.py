@@ -34,6 +34,11 @@ def _num_parameters(folder: ModelFolder) -> int:
     return count_built_parameters(folder)
 
 
+def partial_bytes(folder: ModelFolder, *, dtype: str, max_tokens: int) -> int:
+    """What one rank adds to a sum over ranks in a step of so many tokens, which other ranks read in its memory."""
+    return max_tokens * folder.hidden_size * _DTYPE_BYTES[dtype]
+
+
 def graph_bytes(*, step_bytes: int, max_tokens: int, largest_graph: int) -> int:
     """What CUDA graphs will take: those of large steps hold the activations of the largest of them, beside those of steps without.
 

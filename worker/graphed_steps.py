@@ -265,7 +265,8 @@ class GraphedSteps:
                 if key[1] in sizes[key[0]]:
                     work()  # what a first launch compiles or sets up must not happen while capturing
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool)
+                # Other threads, such as NCCL's, may use the device meanwhile.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 work()
                 graph.capture_end()
                 self._graphs[key] = graph

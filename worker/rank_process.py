@@ -16,7 +16,7 @@ from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
 from quire.common.model_folder import ModelFolder, read_model_folder
-from quire.worker.gpu_memory import MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, graph_bytes, weight_bytes
+from quire.worker.gpu_memory import MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, graph_bytes, partial_bytes, weight_bytes
 from quire.worker.host_memory import available_memory_bytes, check_pool_fits
 from quire.worker.rank_spec import RankSpec
 
@@ -98,6 +98,9 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
             _check_gpu(spec, folder, block_bytes)
     if compiling is not None:
         compiling.begin()
+        # A large model leaves too little beside its weights for those who compile.
+        if not compiling.is_done and _room_beside_weights(spec, folder) < compiling.max_gpu_bytes:
+            compiling.wait()
     collective: Collective | None = None
     if spec.tensor_parallel_size > 1:
         if spec.rendezvous_address:
@@ -108,7 +111,12 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
                 size=spec.tensor_parallel_size,
             )
         else:
-            collective = connect(rendezvous_path=Path(spec.rendezvous_path), rank=spec.rank, size=spec.tensor_parallel_size)
+            collective = connect(
+                rendezvous_path=Path(spec.rendezvous_path),
+                rank=spec.rank,
+                size=spec.tensor_parallel_size,
+                gpu_partial_bytes=_partial_bytes(spec, folder) if spec.device == "cuda" else None,
+            )
         at_end.callback(collective.close)
         _log.info("all %d ranks have met, over %s", spec.tensor_parallel_size, type(collective).__name__)
         end_phase("ranks")
@@ -206,6 +214,10 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
     return runner, hello, dict(phases)
 
 
+def _partial_bytes(spec: RankSpec, folder: ModelFolder) -> int:
+    return partial_bytes(folder, dtype=spec.dtype, max_tokens=max(spec.max_batched_tokens, spec.max_sequences))
+
+
 def _compile_ahead(spec: RankSpec, folder: ModelFolder) -> "CompileAhead | None":
     if spec.device != "cuda":
         return None
@@ -230,14 +242,27 @@ def _check_gpu(spec: RankSpec, folder: ModelFolder, block_bytes: int) -> None:
 
     if not torch.cuda.is_available():
         raise ConfigError(f"device = cuda, and torch {torch.__version__} sees no GPU here; use device cpu, or a torch built for CUDA")
-    if spec.tensor_parallel_size > 1:
-        raise ConfigError(f"tensor_parallel_size {spec.tensor_parallel_size} is not supported on cuda yet; use 1")
+    if spec.rendezvous_address:
+        raise ConfigError(
+            f"the {spec.tensor_parallel_size} ranks of group {spec.group_id} are placed on several hosts, and GPUs exchange data within one "
+            "only; lower tensor_parallel_size to the GPUs of a host, or use device cpu"
+        )
+    num_visible = torch.cuda.device_count()
+    if num_visible < spec.tensor_parallel_size:
+        raise ConfigError(f"tensor_parallel_size is {spec.tensor_parallel_size}, and this rank sees {num_visible} GPUs of its group")
     check_gpu_holds(
         num_blocks=spec.num_gpu_blocks,
         block_bytes=block_bytes,
         weight_bytes=weight_bytes(folder, dtype=spec.dtype, num_ranks=spec.tensor_parallel_size),
         free_bytes=torch.cuda.mem_get_info(spec.device)[0],
     )
+
+
+def _room_beside_weights(spec: RankSpec, folder: ModelFolder) -> int:
+    """Bytes of the GPU that the weights will leave of what is free now."""
+    import torch
+
+    return torch.cuda.mem_get_info(spec.device)[0] - weight_bytes(folder, dtype=spec.dtype, num_ranks=spec.tensor_parallel_size)
 
 
 def _num_gpu_blocks(spec: RankSpec, model: "TransformersModel | LlamaModel", block_bytes: int) -> int:

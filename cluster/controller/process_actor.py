@@ -31,20 +31,27 @@ class _ProcessActor:
         self._child: subprocess.Popen[bytes] | None = None
         self._report_path: str | None = None
 
-    async def start(self, module: str, spec: dict[str, Any], log_path: str) -> int:
-        """Start `python -m module`; its process id. Its output is appended to `log_path` on its own host."""
+    async def start(self, module: str, spec: dict[str, Any], log_path: str, environ: dict[str, str] | None = None) -> int:
+        """Start `python -m module`; its process id. Its output is appended to `log_path` on its own host.
+
+        environ: variables that it has beside those of the actor, or instead of them
+        """
         assert self._child is None, "one actor holds one child"
         self._report_path = spec.get("report_path") or None
         logs = Path(log_path).parent
         logs.parent.mkdir(mode=0o700, exist_ok=True)  # on a host where the controller is not
         logs.mkdir(exist_ok=True)
-        self._child = start_child(module, spec, log_path=Path(log_path))
+        self._child = start_child(module, spec, log_path=Path(log_path), environ=environ)
         return self._child.pid
 
     async def meeting_place(self) -> tuple[str, str]:
         """The address of this host in Ray's network, and HOST:PORT of a port that is free there."""
         host = ray.util.get_node_ip_address()
         return host, f"{host}:{free_port_pair(host)}"
+
+    async def gpus(self) -> list[str]:
+        """The GPUs that Ray gave this actor, as CUDA names them."""
+        return [str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
     async def pid(self) -> int | None:
         """The process id of the child, dead or alive; None if none was started."""

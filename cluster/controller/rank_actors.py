@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from quire.cluster.controller.groups import Group
 from quire.cluster.controller.process_actor import ProcessActor
 from quire.common.errors import Unavailable
+from quire.common.gpu import visible_gpus
 
 # How long Ray may take to place a group whose resources are there.
 PLACEMENT_TIMEOUT_S: Final = 60.0
@@ -100,10 +101,11 @@ class RankActors:
         self._actors[group.group_id] = actors
         try:
             meeting = await self._meeting_specs(actors)
+            environs = await self._environs(actors)
             await asyncio.gather(
                 *(
-                    actor.start.remote("quire.worker.rank_process", child.spec | spec, child.log_path)
-                    for actor, child, spec in zip(actors, children, meeting, strict=True)
+                    actor.start.remote("quire.worker.rank_process", child.spec | spec, child.log_path, environ)
+                    for actor, child, spec, environ in zip(actors, children, meeting, environs, strict=True)
                 )
             )
         except ray.exceptions.RayActorError as error:
@@ -124,6 +126,14 @@ class RankActors:
         if len({host for host, _ in found}) == 1:
             return [{}] * len(actors)
         return [{"rendezvous_address": found[0][1], "host_address": host} for host, _ in found]
+
+    async def _environs(self, actors: Sequence[Any]) -> list[dict[str, str]]:
+        """What ranks with a GPU each must see: Ray shows each its own alone."""
+        if self._rank_resource != "GPU" or len(actors) == 1:
+            return [{}] * len(actors)
+        found = await asyncio.gather(*(actor.gpus.remote() for actor in actors))
+        gpus = [gpu for of_rank in found for gpu in of_rank]
+        return [{"CUDA_VISIBLE_DEVICES": visible_gpus(gpus, rank=rank)} for rank in range(len(actors))]
 
     async def adopt(self, group: Group) -> bool:
         """Take the ranks that a controller before this one started under the group's ranks_term; whether all are there, each with a

@@ -13,6 +13,7 @@ import pytest
 import torch
 from compiled_kernels import CompiledKernel, compiling_for_sm90
 
+from quire.kernels.all_reduce import MAX_PROGRAMS, Peers, all_gather, all_reduce, sum_norm
 from quire.kernels.attention_tiles import prefill_tile
 from quire.kernels.copy_blocks import copy_blocks
 from quire.kernels.decode_plan import allocate_decode_plan, plan_decode
@@ -116,6 +117,25 @@ def test_products_of_a_row_spill_nothing_with_all_that_they_take_in(num_inputs: 
             for kernel in compiled(partial(skinny_linear, row, weight, tile=tile, is_gated=is_gated, **options)):
                 assert kernel.stack_bytes == 0
                 assert "ld.global.v4.b32" in kernel.ptx, "16 bytes a load"
+
+
+@pytest.mark.parametrize("width", [1024, 4096, 5120, 8192])
+@pytest.mark.parametrize("size", [2, 4])
+def test_sums_over_ranks_load_wide_past_the_first_level_cache_and_wait_in_order(width: int, size: int) -> None:
+    addresses = integers(size)
+    peers = Peers(0, size, addresses, addresses, zeros(MAX_PROGRAMS, dtype=torch.int32))
+    rows = zeros(64, width)
+
+    def launch() -> None:
+        sum_norm(peers, zeros(width), area=0, residual=rows, eps=1e-5, output=rows)
+        all_reduce(peers, rows, area=0, slot_bytes=rows.nbytes)
+        all_gather(peers, rows, zeros(size, 64, width), area=0, slot_bytes=rows.nbytes)
+
+    for kernel in compiled(launch):
+        assert kernel.stack_bytes == 0
+        assert "ld.global.cv.v4.b32" in kernel.ptx, "16 bytes a load"
+        assert kernel.ptx.count("atom.global.sys.release") == size - 1
+        assert "sys.acquire" in kernel.ptx
 
 
 def small_launches() -> dict[str, Callable[[], object]]:

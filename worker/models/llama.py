@@ -18,10 +18,16 @@ from quire.kernels.rotary_store import rotary_store, rotary_table
 from quire.kernels.silu_mul import silu_mul
 from quire.kernels.skinny_linear import skinny_linear
 from quire.worker.collectives import Collective
+from quire.worker.collectives_cuda import CudaCollective
 from quire.worker.kv_cache import KvCache
 from quire.worker.step_inputs import StepInputs
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+
+# Which of a CudaCollective's areas a partial result lies in: never that of the one before.
+_EMBEDDED: Final = 0
+_ATTENDED: Final = 1
+_MLP: Final = 2
 
 # (queries [num_tokens, num_heads, head_dim], the step's own keys and values [num_tokens + padding, num_kv_heads, head_dim], one
 # layer of the cache, which has them as well) -> the queries' shape: attention of this step's tokens.
@@ -160,11 +166,12 @@ class LlamaModel:
         self.num_kv_heads = share.num_kv_heads
         self._share = share
         self._collective = collective
+        self._peers = collective if isinstance(collective, CudaCollective) else None
         # Our own products of few rows are for GPUs and the 16-bit types of tensor cores.
         self._has_kernels = weights.embedding.is_cuda and weights.embedding.dtype.itemsize == 2
         widths = (share.config.hidden_size, share.num_heads * share.config.head_dim, weights.layers[0].down.shape[1])
         has_tiles = all(row_tile(num_inputs=width, has_norm=False) is not None for width in widths)
-        self._has_row_products = self._has_kernels and has_tiles and collective is None and not share.config.has_qkv_bias
+        self._has_row_products = self._has_kernels and has_tiles and (collective is None or self._peers is not None) and not share.config.has_qkv_bias
         frequencies = rope_frequencies(share.config, device=weights.embedding.device)
         self._cos_sin = rotary_table(frequencies, max_positions=share.config.max_positions)
 
@@ -215,10 +222,9 @@ class LlamaModel:
         config, weights = self.config, self.weights
         num_tokens = token_ids.shape[0]
         query_width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
-        residual = self._embed(token_ids)
+        residual, normed = self._begin(token_ids)
         if num_tokens == 1 and self._has_row_products:
             return self._hidden_of_row(residual, positions, slot_mapping, kv_cache, attend, output)
-        normed = rms_norm(residual, weights.layers[0].input_norm, eps=config.norm_eps)
         for index, layer in enumerate(weights.layers):
             qkv = _product(normed, layer.qkv, layer.qkv_bias, num_rows=num_dense)
             queries, keys, values = (part.view(len(qkv), -1, config.head_dim) for part in qkv.split((query_width, kv_width, kv_width), 1))
@@ -238,13 +244,13 @@ class LlamaModel:
                 key_output=None if num_dense is None else keys[:num_tokens],
             )
             attended = attend(queries, keys, values, cache)
-            projected = self._sum(F.linear(attended.view(num_tokens, query_width), layer.output))
-            normed = rms_norm(projected, layer.mlp_norm, eps=config.norm_eps, residual=residual)
+            projected = self._partial_product(_ATTENDED, attended.view(num_tokens, query_width), layer.output)
+            normed = self._sum_norm(_ATTENDED, projected, layer.mlp_norm, residual=residual)
             gated = silu_mul(F.linear(normed, layer.gate_up))
-            down = self._sum(F.linear(gated, layer.down))
+            down = self._partial_product(_MLP, gated, layer.down)
             is_last = index + 1 == len(weights.layers)
             next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
-            normed = rms_norm(down, next_norm, eps=config.norm_eps, residual=residual, output=output if is_last else None)
+            normed = self._sum_norm(_MLP, down, next_norm, residual=residual, output=output if is_last else None)
         return normed
 
     def logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
@@ -263,6 +269,7 @@ class LlamaModel:
     ) -> Tensor:
         """The same for a single token, whose products take norms, gates and sums in on their way."""
         config, dim = self.config, self.config.head_dim
+        scratch = torch.empty_like(residual)
         for index, layer in enumerate(self.weights.layers):
             qkv = self._row_product(residual, layer.qkv, norm=layer.input_norm).view(1, -1, dim)
             query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
@@ -281,9 +288,9 @@ class LlamaModel:
                 output=query,
             )
             attended = attend(query, key, value, cache).view(1, -1)
-            self._row_product(attended, layer.output, residual=residual)
+            self._add_row_product(_ATTENDED, attended, layer.output, residual=residual, scratch=scratch)
             gated = self._row_product(residual, layer.gate_up, norm=layer.mlp_norm, is_gated=True)
-            self._row_product(gated, layer.down, residual=residual)
+            self._add_row_product(_MLP, gated, layer.down, residual=residual, scratch=scratch)
         return rms_norm(residual, self.weights.final_norm, eps=config.norm_eps, output=output)
 
     def _row_product(self, row: Tensor, weight: Tensor, *, norm: Tensor | None = None, **how: Any) -> Tensor:
@@ -291,19 +298,47 @@ class LlamaModel:
         assert tile is not None, weight.shape
         return skinny_linear(row, weight, tile=tile, norm=norm, eps=self.config.norm_eps, **how)
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
+    def _add_row_product(self, area: int, row: Tensor, weight: Tensor, *, residual: Tensor, scratch: Tensor) -> None:
+        if self._peers is None:
+            self._row_product(row, weight, residual=residual)
+            return
+        self._row_product(row, weight, output=self._peers.partial(area, 1, len(weight), row.dtype))
+        # The norm of a single row is taken by the product that needs it, and this one by nobody.
+        self._peers.sum_norm(area, self.weights.final_norm, residual=residual, eps=self.config.norm_eps, output=scratch)
+
+    def _begin(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream of new tokens, and its first norm."""
+        norm, eps = self.weights.layers[0].input_norm, self.config.norm_eps
         if self._collective is None:
-            return F.embedding(token_ids, self.weights.embedding)
+            residual = F.embedding(token_ids, self.weights.embedding)
+            return residual, rms_norm(residual, norm, eps=eps)
         # Rows that are here, zeros for the others; the sum over ranks has them all.
         first, end = self._share.bounds(self.vocab_size)
         is_here = (token_ids >= first) & (token_ids < end)
-        embedded = F.embedding((token_ids - first).clamp(0, end - first - 1), self.weights.embedding)
-        return self._sum(embedded.masked_fill(~is_here[:, None], 0))
+        embedded = F.embedding((token_ids - first).clamp(0, end - first - 1), self.weights.embedding).masked_fill_(~is_here[:, None], 0)
+        if self._peers is None:
+            self._collective.all_reduce(embedded)
+            return embedded, rms_norm(embedded, norm, eps=eps)
+        self._peers.partial(_EMBEDDED, len(embedded), embedded.shape[1], embedded.dtype).copy_(embedded)
+        normed = torch.empty_like(embedded)
+        self._peers.sum_norm(_EMBEDDED, norm, residual=embedded, eps=eps, output=normed, adds=False)
+        return embedded, normed
 
-    def _sum(self, partial: Tensor) -> Tensor:
-        if self._collective is not None:
-            self._collective.all_reduce(partial)
-        return partial
+    def _partial_product(self, area: int, inputs: Tensor, weight: Tensor) -> Tensor:
+        """A linear layer whose result is a part of a sum over ranks."""
+        if self._peers is None:
+            return F.linear(inputs, weight)
+        return torch.mm(inputs, weight.t(), out=self._peers.partial(area, len(inputs), len(weight), inputs.dtype))
+
+    def _sum_norm(self, area: int, partial: Tensor, norm: Tensor, *, residual: Tensor, output: Tensor | None = None) -> Tensor:
+        """Add the sum over ranks of partial results to the residual stream, in place; the norm of that."""
+        if self._peers is None:
+            if self._collective is not None:
+                self._collective.all_reduce(partial)
+            return rms_norm(partial, norm, eps=self.config.norm_eps, residual=residual, output=output)
+        normed = torch.empty_like(residual) if output is None else output
+        self._peers.sum_norm(area, norm, residual=residual, eps=self.config.norm_eps, output=normed)
+        return normed
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, *, num_rows: int | None) -> Tensor:

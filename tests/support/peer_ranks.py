@@ -1,0 +1,93 @@
+"""Ranks as processes whose peer memory is shared host memory: the kernels of quire.kernels.all_reduce between them, interpreted."""
+
+import ctypes
+import mmap
+import tempfile
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quire.kernels.all_reduce import MAX_PROGRAMS, Peers, all_gather, all_reduce, sum_norm
+
+SLOT_BYTES = 65536
+_TIMEOUT_S = 60.0
+
+
+def numbers(rank: int, turn: int, *sizes: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(100 * turn + rank)).to(dtype)
+
+
+def sums_and_norms(peers: Peers, shape: tuple[int, int], dtype: torch.dtype, num_turns: int) -> list[tuple[Tensor, Tensor]]:
+    """The streams and norms of turns that follow each other as layers do."""
+    num_tokens, width = shape
+    num_bytes = num_tokens * width * dtype.itemsize
+    area = own_area(peers, 2 * num_bytes)
+    residual = torch.full(shape, float("nan"), dtype=dtype)
+    found = []
+    for turn in range(num_turns):
+        start = turn % 2 * num_bytes
+        area[start : start + num_bytes].view(dtype).view(shape).copy_(numbers(peers.rank, turn, *shape, dtype=dtype))
+        output = torch.full(shape, float("nan"), dtype=dtype)
+        weight = numbers(-1, turn, width, dtype=dtype)
+        sum_norm(peers, weight, area=start, residual=residual, eps=1e-5, output=output, adds=turn > 0)
+        found.append((residual.clone(), output))
+    return found
+
+
+def exchanges(peers: Peers, lengths: list[int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Sums and gathered parts of several lengths, which take other numbers of programs, in turns."""
+    found = []
+    for turn, length in enumerate(lengths):
+        part = numbers(peers.rank, turn, length, dtype=dtype)
+        total = part.clone()
+        all_reduce(peers, total, area=0, slot_bytes=SLOT_BYTES)
+        gathered = torch.empty((peers.size, length), dtype=dtype)
+        all_gather(peers, part, gathered, area=0, slot_bytes=SLOT_BYTES)
+        found.append((total, gathered))
+    return found
+
+
+def own_area(peers: Peers, num_bytes: int) -> Tensor:
+    """The first bytes of this rank's own area."""
+    return torch.frombuffer((ctypes.c_char * num_bytes).from_address(int(peers.areas[peers.rank])), dtype=torch.uint8)
+
+
+def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, area_bytes: int, num_meetings: int = 0) -> list[Any]:
+    """What function(peers, *arguments) gives on each of `size` ranks.
+
+    area_bytes:   of each rank's areas
+    num_meetings: how many the programs have had already
+    """
+    context = get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="quire-peers-") as folder:
+        for rank in range(size):
+            flags = torch.full((size, MAX_PROGRAMS), num_meetings, dtype=torch.int32)
+            (Path(folder) / str(rank)).write_bytes(flags.numpy().tobytes() + bytes(area_bytes))
+        processes = [
+            context.Process(target=_run, args=(folder, function, rank, size, arguments, num_meetings), daemon=True) for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(_TIMEOUT_S)
+                assert process.exitcode == 0, f"a rank did not end within {_TIMEOUT_S} s, or failed: {process.exitcode}"
+        finally:
+            for process in processes:
+                process.kill()
+        return [torch.load(Path(folder) / f"{rank}.result") for rank in range(size)]
+
+
+def _run(folder: str, function: Callable[..., Any], rank: int, size: int, arguments: Sequence[Any], num_meetings: int) -> None:
+    memories = []
+    for other in range(size):
+        with open(f"{folder}/{other}", "r+b") as file:
+            memories.append(torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8))
+    flags = torch.tensor([memory.data_ptr() for memory in memories])
+    meetings = torch.full((MAX_PROGRAMS,), num_meetings, dtype=torch.int32)
+    peers = Peers(rank, size, flags, flags + 4 * size * MAX_PROGRAMS, meetings)
+    torch.save(function(peers, *arguments), f"{folder}/{rank}.result")

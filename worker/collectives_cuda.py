@@ -1,0 +1,108 @@
+"""The ranks' exchange between GPUs of one host: peer memory, NCCL for what is large among many, gloo for what lies in host memory."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.kernels.all_reduce import Peers, all_gather, all_reduce, sum_norm
+from quire.kernels.rms_norm import rms_norm
+from quire.worker.collectives_gloo import GlooCollective
+from quire.worker.peer_memory import PeerMemory
+
+# Where partial sums lie: those of the embedding, of attention and of the MLP, so that none is written while it may be read.
+NUM_AREAS: Final = 3
+# Two ranks never need NCCL: each reads the other's numbers once, which no ring does in less, and our sum with its norm takes 0.62 of
+# NCCL's time with a norm at 8192 x 8192 (406 and 645 us, two NVIDIA H100 80GB HBM3, 2026-11-25), and less below. Of more ranks each would
+# read all others' numbers; above so many bytes NCCL has them instead. That bound is reckoned, not measured.
+_MAX_PEER_BYTES_OF_MANY: Final = 2**19
+_ALIGNMENT: Final = 512
+
+
+class CudaCollective(GlooCollective):
+    """A Collective whose ranks have a GPU each. Everything on the GPU can be captured in CUDA graphs."""
+
+    def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float, partial_bytes: int) -> None:
+        """partial_bytes: of the largest partial sum that `partial` will be asked for"""
+        self._has_nccl = size > 2
+        backend = "cpu:gloo,cuda:nccl" if self._has_nccl else "gloo"
+        super().__init__(store, rank=rank, size=size, timeout_s=timeout_s, backend=backend)
+        self._area_bytes = -(-partial_bytes // _ALIGNMENT) * _ALIGNMENT
+        # Behind the areas two slots of the same size.
+        memory = PeerMemory(store, rank=rank, size=size, area_bytes=(NUM_AREAS + 2) * self._area_bytes)
+        self._peers: Peers = memory.peers
+        self._area = memory.area
+        if self._has_nccl:
+            dist.all_reduce(torch.zeros(1, device="cuda"))  # it connects at its first use, which must not be inside a capture
+            torch.cuda.synchronize()
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        if not tensor.is_cuda:
+            super().all_reduce(tensor)
+        elif self._is_for_nccl(tensor):
+            dist.all_reduce(tensor)
+        else:
+            for piece in _pieces(tensor, num_bytes=self._area_bytes):
+                all_reduce(self._peers, piece, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        if not part.is_cuda:
+            return super().all_gather(part)
+        part = part.contiguous()
+        gathered = torch.empty((self.size, *part.shape), dtype=part.dtype, device=part.device)
+        if self._is_for_nccl(part):
+            dist.all_gather_into_tensor(gathered.view(-1), part.view(-1))
+        elif part.nbytes <= self._area_bytes:
+            all_gather(self._peers, part, gathered, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
+        else:
+            first = 0
+            for piece in _pieces(part, num_bytes=self._area_bytes):
+                gathered.view(self.size, -1)[:, first : first + len(piece)] = self.all_gather(piece)
+                first += len(piece)
+        return gathered
+
+    def gather_columns(self, part: Tensor, widths: Sequence[int]) -> Tensor:
+        if not part.is_cuda:
+            return super().gather_columns(part, widths)
+        gathered = self.all_gather(F.pad(part, (0, max(widths) - part.shape[-1])))
+        return torch.cat([each[..., :width] for each, width in zip(gathered, widths, strict=True)], dim=-1)
+
+    def _is_for_nccl(self, tensor: Tensor) -> bool:
+        return self._has_nccl and tensor.nbytes > _MAX_PEER_BYTES_OF_MANY
+
+    def close(self) -> None:
+        if self._has_nccl:
+            # Ending it in order waits for ranks that may be gone.
+            dist.group.WORLD._get_backend(torch.device("cuda")).abort()  # type: ignore[union-attr]
+        super().close()
+
+    # -- sums of a layer's partial results ----------------------------------------------------------------------------
+
+    def partial(self, index: int, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Where this rank writes its part of a sum: [num_tokens, width]. Two in a row have different indices below NUM_AREAS."""
+        start = index * self._area_bytes
+        num_bytes = num_tokens * width * dtype.itemsize
+        assert num_bytes <= self._area_bytes, (num_tokens, width, self._area_bytes)
+        return self._area[start : start + num_bytes].view(dtype).view(num_tokens, width)
+
+    def sum_norm(self, index: int, weight: Tensor, *, residual: Tensor, eps: float, output: Tensor, adds: bool = True) -> None:
+        """Sum the ranks' `partial(index, ...)`, add that to the residual stream and take the norm; see kernels.all_reduce.sum_norm."""
+        if not self._is_for_nccl(output):
+            start = index * self._area_bytes
+            sum_norm(self._peers, weight, area=start, residual=residual, eps=eps, output=output, adds=adds)
+            return
+        partial = self.partial(index, len(output), output.shape[1], output.dtype)
+        dist.all_reduce(partial)
+        if adds:
+            rms_norm(partial, weight, eps=eps, residual=residual, output=output)
+        else:
+            rms_norm(residual.copy_(partial), weight, eps=eps, output=output)
+
+
+def _pieces(tensor: Tensor, *, num_bytes: int) -> Sequence[Tensor]:
+    """A contiguous tensor, flat, in pieces of at most so many bytes."""
+    pieces: Sequence[Tensor] = tensor.view(-1).split(num_bytes // tensor.element_size())
+    return pieces
