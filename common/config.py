@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-from quire.common.errors import ConfigError, NotSupported
+from quire.common.errors import ConfigError
 from quire.common.gpu import torch_sees_gpu
 from quire.common.model_folder import BUILT_IN_MODEL_NAME, ModelFolder, read_model_folder
 from quire.common.model_hub import fetch_model, hub_name, is_hub_id

@@ -73,7 +73,7 @@ def connect(*, rendezvous_path: Path, rank: int, size: int, gpu_partial_bytes: i
     if gpu_partial_bytes is not None:
         if any(other.host != own.host for other in ranks):
             hosts = ", ".join(sorted({other.host for other in ranks}))
-            raise NotSupported(f"the ranks of a group have GPUs on several hosts ({hosts}); they must be on one", reason="GPUS_ON_SEVERAL_HOSTS")
+            raise NotSupported(f"the GPUs of a group are on several hosts ({hosts}); they must be on one", reason="GPUS_ON_SEVERAL_HOSTS")
         from quire.worker.collectives_cuda import CudaCollective  # imports Triton
 
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

@@ -16,7 +16,16 @@ from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
 from quire.common.model_folder import ModelFolder, read_model_folder
-from quire.worker.gpu_memory import MARGIN_BYTES, STEP_MARGIN, blocks_that_fit, check_gpu_holds, check_step_fits, graph_bytes, partial_bytes, weight_bytes
+from quire.worker.gpu_memory import (
+    MARGIN_BYTES,
+    STEP_MARGIN,
+    blocks_that_fit,
+    check_gpu_holds,
+    check_step_fits,
+    graph_bytes,
+    partial_bytes,
+    weight_bytes,
+)
 from quire.worker.host_memory import available_memory_bytes, check_pool_fits
 from quire.worker.rank_spec import RankSpec
 
@@ -244,8 +253,8 @@ def _check_gpu(spec: RankSpec, folder: ModelFolder, block_bytes: int) -> None:
         raise ConfigError(f"device = cuda, and torch {torch.__version__} sees no GPU here; use device cpu, or a torch built for CUDA")
     if spec.rendezvous_address:
         raise ConfigError(
-            f"the {spec.tensor_parallel_size} ranks of group {spec.group_id} are placed on several hosts, and GPUs exchange data within one "
-            "only; lower tensor_parallel_size to the GPUs of a host, or use device cpu"
+            f"the {spec.tensor_parallel_size} ranks of group {spec.group_id} are placed on several hosts, and GPUs exchange data within "
+            "one only; lower tensor_parallel_size to the GPUs of a host, or use device cpu"
         )
     num_visible = torch.cuda.device_count()
     if num_visible < spec.tensor_parallel_size:

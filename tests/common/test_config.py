@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quire.common.config import ModelConfig, ServeConfig, config_as_dict, parse_bytes, plan_model, resolve_config
-from quire.common.errors import ConfigError, NotSupported, QuireError
+from quire.common.errors import ConfigError, QuireError
 from quire.common.gpu import torch_sees_gpu
 from quire.common.model_folder import read_model_folder
 
@@ -55,17 +55,6 @@ def test_a_bad_value_is_refused_in_one_line_with_its_numbers(flags: dict[str, An
         plan_model(resolve_config(flags, environ={}).models[0])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
-        ({"device": "cuda", "tensor_parallel_size": "2"}, "tensor_parallel_size"),
-    ],
-)
-def test_a_setting_of_a_later_version_is_refused_by_name(flags: dict[str, Any], name: str) -> None:
-    with pytest.raises(NotSupported, match=f"^{name} = .* is not supported yet"):
-        plan_model(resolve_config(flags, environ={}).models[0])
 
 
 def test_a_misspelt_setting_in_the_file_is_named_with_a_guess() -> None:

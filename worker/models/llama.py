@@ -171,7 +171,8 @@ class LlamaModel:
         self._has_kernels = weights.embedding.is_cuda and weights.embedding.dtype.itemsize == 2
         widths = (share.config.hidden_size, share.num_heads * share.config.head_dim, weights.layers[0].down.shape[1])
         has_tiles = all(row_tile(num_inputs=width, has_norm=False) is not None for width in widths)
-        self._has_row_products = self._has_kernels and has_tiles and (collective is None or self._peers is not None) and not share.config.has_qkv_bias
+        is_on_gpus = collective is None or self._peers is not None
+        self._has_row_products = self._has_kernels and has_tiles and is_on_gpus and not share.config.has_qkv_bias
         frequencies = rope_frequencies(share.config, device=weights.embedding.device)
         self._cos_sin = rotary_table(frequencies, max_positions=share.config.max_positions)
 
