@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quire.bench.engine_measures import Settings
     from quire.common.config import ModelPlan
 
-WORKLOADS: Final = ("decode", "prefill", "mixed256", "azure_conv400", "ttft", "swap")
+WORKLOADS: Final = ("decode", "prefill", "mixed256", "azure_conv400", "ttft", "load", "swap")
 _GPU_NAME_TIMEOUT_S: Final = 30.0
 # Settings of `quire serve` that are flags here as well.
 _NUMBERS: Final = (
@@ -57,10 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=_count, metavar="N", help="with --batch: this one decode case")
     parser.add_argument("--prefill-cases", type=_cases, metavar="NxL,...", help="prompts x length (default 1x8000,8x8000)")
     parser.add_argument(
-        "--requests", type=_count, metavar="N", help="of mixed256 and azure_conv400 the first N alone; of swap, 96 if not given"
+        "--requests",
+        type=_count,
+        metavar="N",
+        help="of mixed256 and azure_conv400 the first N alone; of load 3 a caller, of swap 96 if not given",
     )
     parser.add_argument("--repetitions", type=_count, metavar="N", help="of each workload (default 2; prefill 3, ttft 10, swap 1)")
     parser.add_argument("--beside", type=_count, default=64, metavar="N", help="sequences that decode beside ttft's prompt (default 64)")
+    parser.add_argument(
+        "--load-cases",
+        type=_load_cases,
+        metavar="CxPxT,...",
+        help="callers x prompt tokens x tokens to generate (default 64x128x128,256x128x128)",
+    )
     parser.add_argument("--log-folder", type=Path, metavar="DIR", help="keep the processes' logs here")
     parser.add_argument(
         "--start-timeout-s", type=float, default=600.0, metavar="S", help="seconds until the engine must be ready (default 600)"
@@ -142,6 +151,19 @@ def _ttft_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return [("engine", "ms to the first token"), *rows]
 
 
+def _load_rows(result: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    times = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "itl_p50_ms", "itl_p99_ms")
+    rows = [
+        (
+            f"{row['callers']} at a time" if row["rate_per_s"] is None else f"{row['rate_per_s']:.1f} arriving per second",
+            f"{row['output_tokens_per_s']:.0f}",
+            *(_shown(row[name], 2) for name in times),
+        )
+        for row in result
+    ]
+    return [("requests", "tokens/s", *(name.replace("_", " ") for name in times)), *rows]
+
+
 def _swap_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = [
         (
@@ -164,6 +186,7 @@ _SHOWN: Final[Mapping[str, Callable[[Any], list[tuple[str, ...]]]]] = {
     "mixed256": _many_rows,
     "azure_conv400": _many_rows,
     "ttft": _ttft_rows,
+    "load": _load_rows,
     "swap": _swap_rows,
 }
 
@@ -185,6 +208,8 @@ def _settings(args: argparse.Namespace) -> "Settings":
         chosen["decode_cases"] = ((args.batch, args.context),)
     elif args.decode_cases is not None:
         chosen["decode_cases"] = args.decode_cases
+    if args.load_cases is not None:
+        chosen["load_cases"] = args.load_cases
     if args.prefill_cases is not None:
         chosen["prefill_cases"] = args.prefill_cases
     if args.repetitions is not None:
@@ -231,6 +256,16 @@ def _cases(text: str) -> tuple[tuple[int, int], ...]:
     for part in text.split(","):
         count, _, length = part.strip().partition("x")
         cases.append((_count(count), _count(length)))
+    return tuple(cases)
+
+
+def _load_cases(text: str) -> tuple[tuple[int, int, int], ...]:
+    cases = []
+    for part in text.split(","):
+        numbers = [_count(number) for number in part.strip().split("x")]
+        if len(numbers) != 3:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} is not callers x prompt tokens x tokens to generate, such as 64x128x128")
+        cases.append((numbers[0], numbers[1], numbers[2]))
     return tuple(cases)
 
 

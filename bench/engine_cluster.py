@@ -140,6 +140,35 @@ class Engine:
             self._gateway.send(frame)
         return self._meter
 
+    def run_load(self, requests: Sequence[Request], *, concurrency: int | None = None, arrivals_s: Sequence[float] = ()) -> RunMeter:
+        """Submit requests as a load does, and wait until each has ended.
+
+        concurrency: a closed loop: so many run at once, and each that ends makes room for the next
+        arrivals_s:  an open loop: when each request arrives, in seconds from the start, ascending
+
+        Raises:
+            InternalError: as `run`.
+        """
+        assert (concurrency is None) == bool(arrivals_s), "one loop is closed, the other has arrivals"
+        self._num_runs += 1
+        submits = [self._submit(number, request) for number, request in enumerate(requests)]
+        frames = [encode(submit) for submit in submits]
+        meter = self._meter = RunMeter([submit.request_id for submit in submits])
+        self._start_s = time.perf_counter()
+        num_sent = 0
+        while meter.num_unfinished:
+            now_s = time.perf_counter() - self._start_s
+            num_ended = len(requests) - meter.num_unfinished
+            while num_sent < len(requests) and (
+                arrivals_s[num_sent] <= now_s if concurrency is None else num_sent - num_ended < concurrency
+            ):
+                meter.requests[num_sent].submit_s = now_s if concurrency is not None else arrivals_s[num_sent]
+                self._gateway.send(frames[num_sent])
+                num_sent += 1
+            wait_s = None if concurrency is not None or num_sent == len(requests) else arrivals_s[num_sent] - now_s
+            self._read(wait_s=wait_s)
+        return meter
+
     def read_until(self, is_done: Callable[[], bool]) -> None:
         """Take in messages until `is_done` says so. Those of requests that began before the last `begin` are not counted."""
         while not is_done():
@@ -269,8 +298,10 @@ class Engine:
             self._read()
         return self._status
 
-    def _read(self, *, silence_s: float = MAX_SILENCE_S) -> None:
-        """Wait for messages, and take in all that are there."""
+    def _read(self, *, silence_s: float = MAX_SILENCE_S, wait_s: float | None = None) -> None:
+        """Wait for messages, and take in all that are there. wait_s: not longer than this"""
+        if wait_s is not None and not self._poller.poll(max(0, int(wait_s * 1000))):
+            return
         silent_since_s = time.perf_counter()
         while not (ready := self._poller.poll(int(POLL_S * 1000))):
             self._check_children()

@@ -3,12 +3,13 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from quire.bench.engine_cluster import Engine
 from quire.bench.engine_run import RunMeter
 from quire.bench.engine_workloads import Case, Request, azure_conv400, fit, fixed, mixed256
 from quire.bench.percentile import percentile
+from quire.bench.serve_requests import arrival_times
 from quire.common.errors import ConfigError
 
 # The cost of a decode step is the difference between runs of so many tokens and of so few, by the steps between.
@@ -18,6 +19,12 @@ SHORT_TOKENS: Final = 2
 TTFT_PROMPT_TOKENS: Final = 128
 # Requests that run before a workload of many is measured: kernels and caches have seen their kind.
 NUM_WARM_UP: Final = 16
+# Requests of a load per caller of its closed loop.
+LOAD_REQUESTS_PER_CALLER: Final = 3
+# The open loop's share of what the last closed loop carried.
+OPEN_LOOP_SHARE: Final = 0.7
+
+LoadCase: TypeAlias = tuple[int, int, int]  # (callers, prompt tokens, tokens to generate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,7 @@ class Settings:
     prefill_repetitions: int = 3
     ttft_repetitions: int = 10
     ttft_beside: int = 64  # sequences that decode beside
+    load_cases: tuple[LoadCase, ...] = ((64, 128, 128), (256, 128, 128))
     num_requests: int | None = None  # of mixed256 and azure_conv400, from the front; None: all
     on_progress: Callable[[str], None] = field(default=lambda _: None)
 
@@ -151,12 +159,51 @@ def measure_ttft(engine: Engine, settings: Settings) -> dict[str, Any]:
     return result
 
 
+def measure_load(engine: Engine, settings: Settings) -> list[dict[str, Any]]:
+    """What `quire bench serve` measures through the edge, of the engine alone: a row per closed loop, and one of an open loop at
+    OPEN_LOOP_SHARE of what the last closed loop carried."""
+    rows: list[dict[str, Any]] = []
+    for callers, prompt_tokens, num_tokens in settings.load_cases:
+        _check_length(engine, prompt_tokens, num_tokens)
+        num_requests = settings.num_requests or LOAD_REQUESTS_PER_CALLER * callers
+        requests = fixed((num_requests, prompt_tokens), num_tokens=num_tokens, vocab_size=engine.plan.folder.vocab_size)
+        engine.run(requests[:NUM_WARM_UP])
+        run = engine.run_load(requests, concurrency=callers)
+        rows.append({"callers": callers, "rate_per_s": None, **_load_row(run, requests)})
+        settings.on_progress(f"load of {callers} callers: {rows[-1]['output_tokens_per_s']:.0f} tokens/s")
+    rate_per_s = OPEN_LOOP_SHARE * rows[-1]["requests"] / rows[-1]["total_s"]
+    run = engine.run_load(requests, arrivals_s=arrival_times(len(requests), rate_per_s=rate_per_s))
+    rows.append({"callers": None, "rate_per_s": rate_per_s, **_load_row(run, requests)})
+    settings.on_progress(f"load of {rate_per_s:.1f} requests/s: {rows[-1]['output_tokens_per_s']:.0f} tokens/s")
+    return rows
+
+
+def _load_row(run: RunMeter, requests: Sequence[Request]) -> dict[str, Any]:
+    times: dict[str, list[float]] = {
+        "ttft": [request.ttft_s for request in run.requests if request.ttft_s is not None],
+        "tpot": [request.tpot_s for request in run.requests if request.tpot_s is not None],
+        "itl": [gap_s for request in run.requests for gap_s in request.gaps_s],
+    }
+    numbers = {
+        f"{name}_p{share}_ms": 1e3 * percentile(values, share) if values else None for name, values in times.items() for share in (50, 99)
+    }
+    return {
+        "requests": len(requests),
+        "prompt_tokens": len(requests[0][0]),
+        "tokens": requests[0][1],
+        "total_s": run.total_s,
+        "output_tokens_per_s": run.num_tokens / run.total_s,
+        **numbers,
+    }
+
+
 MEASURES: Final[Mapping[str, Callable[[Engine, Settings], Any]]] = {
     "decode": measure_decode,
     "prefill": measure_prefill,
     "mixed256": measure_mixed256,
     "azure_conv400": measure_azure_conv400,
     "ttft": measure_ttft,
+    "load": measure_load,
 }
 
 

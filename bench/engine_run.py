@@ -11,10 +11,22 @@ from quire.common.messages import Accepted, Finished, Tokens
 class RequestTimes:
     """One request. Times are in seconds from the first submission of its run."""
 
+    submit_s: float = 0.0
     token_times_s: list[float] = field(default_factory=list)  # of each token
     end_s: float | None = None
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the submission to the first token; None if there was none."""
+        return self.token_times_s[0] - self.submit_s if self.token_times_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per token after the first; None if there was no second."""
+        num_later = len(self.token_times_s) - 1
+        return (self.token_times_s[-1] - self.token_times_s[0]) / num_later if num_later > 0 else None
 
     @property
     def gaps_s(self) -> list[float]:

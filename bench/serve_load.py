@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, help="most tokens of each (default 64); azure's come from the trace")
     parser.add_argument("--prompt-file", type=Path, help="a prompt per line")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="random prompts of N token ids each, all of --max-tokens tokens")
     parser.add_argument("--model", help="model to ask; the server's default when not given")
     parser.add_argument("--temperature", type=float, help="the model's default when not given")
     parser.add_argument("--ignore-eos", action="store_true", default=None, help="make every request --max-tokens long")
@@ -85,7 +86,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raises:
     ConfigError: a flag is out of range, or two of them do not go together.
     """
-    for name in ("concurrency", "requests", "processes", "max_tokens"):
+    for name in ("concurrency", "requests", "processes", "max_tokens", "prompt_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it takes 1 or more")
@@ -95,8 +96,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--rate is {args.rate}; it takes more than 0 requests per second")
     if args.rate is not None and args.concurrency is not None:
         raise ConfigError("--rate is for an open loop and --concurrency for a closed one; give one of them")
+    if args.prompt_tokens is not None and args.prompt_file is not None:
+        raise ConfigError("--prompt-tokens makes random prompts and --prompt-file reads them; give one of them")
     if args.workload == "azure":
-        for name in ("prompt_file", "max_tokens", "ignore_eos"):
+        for name in ("prompt_file", "prompt_tokens", "max_tokens", "ignore_eos"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} does not go with --workload azure, whose trace says it; leave it out")
 
@@ -104,7 +107,7 @@ def _check(args: argparse.Namespace) -> None:
 async def _make_spec(args: argparse.Namespace, prompts: Sequence[str]) -> LoadSpec:
     """Asks the server for its model, and fails at once if nothing can work."""
     async with AsyncClient(args.address) as client:
-        await client.generate("a", model=args.model, max_tokens=1)
+        await client.generate("a" if prompts else (0,), model=args.model, max_tokens=1)
         model = _model(await client.models(), args.model)
     concurrency = None if args.rate is not None else min(args.concurrency or DEFAULT_CONCURRENCY, args.requests)
     return LoadSpec(
@@ -115,6 +118,7 @@ async def _make_spec(args: argparse.Namespace, prompts: Sequence[str]) -> LoadSp
         concurrency=concurrency,
         rate_per_s=args.rate,
         prompts=tuple(prompts),
+        prompt_tokens=args.prompt_tokens,
         max_tokens=args.max_tokens or 64,
         temperature=args.temperature,
         ignore_eos=args.ignore_eos,
@@ -129,8 +133,8 @@ def _model(models: Sequence[Model], name: str | None) -> Model:
 
 
 def _prompts(args: argparse.Namespace) -> Sequence[str]:
-    """Empty for the trace."""
-    if args.workload == "azure":
+    """Empty for random token ids."""
+    if args.workload == "azure" or args.prompt_tokens is not None:
         return ()
     path: Path | None = args.prompt_file
     if path is None:

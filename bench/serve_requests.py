@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from quire.bench.engine_workloads import azure_conv400, fit
+from quire.bench.engine_workloads import azure_conv400, fit, fixed
 
 # Seeds of arrivals and of what else is drawn.
 ARRIVAL_SEED: Final = 3
@@ -21,7 +21,8 @@ class LoadSpec:
     num_processes: int
     concurrency: int | None  # closed loop: so many callers, each of which sends its next request when its last one has ended
     rate_per_s: float | None  # open loop: requests arrive by a Poisson process, whatever has become of those before
-    prompts: tuple[str, ...]  # taken in turn; empty: lengths of the Azure trace, with random token ids
+    prompts: tuple[str, ...]  # taken in turn; empty: random token ids
+    prompt_tokens: int | None  # how many of them, where there are no prompts; None: as many as in the Azure trace
     max_tokens: int
     temperature: float | None
     ignore_eos: bool | None
@@ -42,12 +43,17 @@ class PlannedRequest:
 
 def plan_requests(spec: LoadSpec) -> list[PlannedRequest]:
     """All requests, by number."""
-    arrivals_s = _arrivals_s(spec)
+    arrivals_s = [0.0] * spec.num_requests if spec.rate_per_s is None else arrival_times(spec.num_requests, rate_per_s=spec.rate_per_s)
     if spec.prompts:
         prompts = spec.prompts
         return [
             PlannedRequest(number, prompts[number % len(prompts)], spec.max_tokens, spec.ignore_eos, arrivals_s[number])
             for number in range(spec.num_requests)
+        ]
+    if spec.prompt_tokens is not None:
+        requests = fixed((spec.num_requests, spec.prompt_tokens), num_tokens=spec.max_tokens, vocab_size=spec.vocab_size)
+        return [
+            PlannedRequest(number, prompt, num_tokens, True, arrivals_s[number]) for number, (prompt, num_tokens) in enumerate(requests)
         ]
     trace, _ = fit(azure_conv400(spec.vocab_size), max_request_tokens=spec.max_model_len)
     planned = []
@@ -66,12 +72,11 @@ def share_of(planned: Sequence[PlannedRequest], spec: LoadSpec, *, process: int)
     return list(planned[process :: spec.num_processes]), num_callers
 
 
-def _arrivals_s(spec: LoadSpec) -> list[float]:
-    if spec.rate_per_s is None:
-        return [0.0] * spec.num_requests
+def arrival_times(num_requests: int, *, rate_per_s: float) -> list[float]:
+    """When each request of an open loop arrives, in seconds from its start: a Poisson process."""
     rng = random.Random(ARRIVAL_SEED)
     arrivals_s, now_s = [], 0.0
-    for _ in range(spec.num_requests):
-        now_s += rng.expovariate(spec.rate_per_s)
+    for _ in range(num_requests):
+        now_s += rng.expovariate(rate_per_s)
         arrivals_s.append(now_s)
     return arrivals_s

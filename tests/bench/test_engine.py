@@ -44,9 +44,10 @@ def bench(folder: Path, *flags: str, capsys: pytest.CaptureFixture[str]) -> dict
 
 def test_one_start_serves_every_workload(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("--decode-cases", "1x16,3x24", "--prefill-cases", "2x40", "--requests", "4", "--repetitions", "2", "--beside", "2")
-    workload = "decode,prefill,mixed256,azure_conv400,ttft"
+    loads = ("--load-cases", "2x16x8,3x12x8")
+    workload = "decode,prefill,mixed256,azure_conv400,ttft,load"
     logs = tiny_config.parent / "logs"
-    report = bench(tiny_config, "--workload", workload, *sizes, "--log-folder", str(logs), capsys=capsys)
+    report = bench(tiny_config, "--workload", workload, *sizes, *loads, "--log-folder", str(logs), capsys=capsys)
     assert (report["model"], report["device"], report["dtype"], report["dummy_weights"]) == ("tiny", "cpu", "float32", True)
     assert {"total", "torch", "weights", "self-check", "pool", "warm-up"} <= set(report["startup_s"])
     assert report["gpu_blocks"] > 0
@@ -69,6 +70,9 @@ def test_one_start_serves_every_workload(tiny_config: Path, capsys: pytest.Captu
             assert run["prompt_tokens"] == sum(len(prompt) for prompt, _ in fitted)
     ttft = results["ttft"]
     assert (ttft["beside"], len(ttft["idle_repetitions_s"]), len(ttft["beside_repetitions_s"])) == (2, 2, 2)
+    assert [(row["callers"], row["requests"], row["prompt_tokens"]) for row in results["load"]] == [(2, 4, 16), (3, 4, 12), (None, 4, 12)]
+    assert results["load"][2]["rate_per_s"] == pytest.approx(0.7 * 4 / results["load"][1]["total_s"])
+    assert all(row["ttft_p50_ms"] > 0 and row["itl_p99_ms"] >= row["itl_p50_ms"] > 0 for row in results["load"])
 
 
 def test_preemption_by_swap_is_seen_in_the_journal(tiny_config: Path) -> None:
@@ -120,7 +124,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--workload", "decode,sleep"), ("--decode-cases", "3x"), ("--gpu-blocks", "0")])
+@pytest.mark.parametrize(
+    "flags", [("--workload", "decode,sleep"), ("--decode-cases", "3x"), ("--load-cases", "3x4"), ("--gpu-blocks", "0")]
+)
 def test_a_flag_that_is_no_number_or_name_is_a_usage_error(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "engine", *flags])

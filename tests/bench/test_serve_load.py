@@ -12,6 +12,7 @@ import pytest
 from fake_inference_server import Failure, FakeServer, Reply
 from quire_command import quire
 
+from quire.bench.engine_workloads import fixed
 from quire.bench.progress_bar import bar_line
 from quire.bench.request_meter import RequestRecord
 from quire.bench.serve_clients import run_clients
@@ -29,6 +30,7 @@ SPEC = LoadSpec(
     concurrency=3,
     rate_per_s=None,
     prompts=("a", "b"),
+    prompt_tokens=None,
     max_tokens=4,
     temperature=None,
     ignore_eos=None,
@@ -69,6 +71,11 @@ def test_the_trace_has_its_lengths_within_what_the_model_takes() -> None:
     assert [(len(request.prompt), request.max_tokens, request.ignore_eos) for request in planned[:2]] == [(374, 44, True), (396, 109, True)]
     assert all(len(request.prompt) + request.max_tokens <= SPEC.max_model_len for request in planned)
     assert planned[400].prompt == planned[0].prompt
+
+
+def test_random_prompts_are_as_long_as_is_asked_and_those_of_the_engine_alone() -> None:
+    planned = plan_requests(replace(SPEC, prompts=(), prompt_tokens=30))
+    assert [(request.prompt, request.max_tokens) for request in planned] == fixed((7, 30), num_tokens=4, vocab_size=4096)
 
 
 def test_a_closed_loop_sends_each_request_once_with_its_number_as_seed(server: FakeServer) -> None:
@@ -187,6 +194,8 @@ def test_more_callers_and_processes_than_requests_are_fine(server: FakeServer) -
         (("--rate", "0"), "it takes more than 0 requests per second"),
         (("--rate", "5", "--concurrency", "2"), "give one of them"),
         (("--workload", "azure", "--max-tokens", "5"), "--max-tokens does not go with --workload azure"),
+        (("--workload", "azure", "--prompt-tokens", "5"), "--prompt-tokens does not go with --workload azure"),
+        (("--prompt-tokens", "5", "--prompt-file", "x"), "give one of them"),
         (("--goodput", "ttft:500", "speed:1"), "names: ttft, tpot, e2e, normalized"),
         (("--prompt-file", "/nowhere/prompts"), "cannot be read"),
     ],

@@ -1,0 +1,137 @@
+"""A cluster on a bare machine of two GPUs: controller on Ray, gateway, SDK. One JSON.
+
+    python -P tools/gpu/two_gpus.py --out two_gpus.json [--parts groups,split,load] [--device cuda]
+
+groups: two groups of one GPU; the built-in model in float32, 64 streams; a rank is killed under them, and each stream must end with
+        the tokens of a run in which nothing happens
+split:  the same with one group of two GPUs, whose tokens must be those of one GPU
+load:   Llama 3 8B's shape with random weights on a group of two: closed loops of 64 and 256 callers and arrivals at 70 % of what the
+        engine alone carries, through gRPC from two client processes, beside the engine alone
+
+`--device cpu --model-config DIR` tries it out where there is no GPU.
+"""
+
+import argparse
+import importlib.resources
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from serving import ServeProcess, wait_for
+from streams import TIMEOUT_S, Streams
+
+from quire.bench.engine import model_config_folder
+
+NUM_STREAMS = 64
+NUM_TOKENS = 600
+RANK = "quire.worker.rank_process"
+_BENCH_TIMEOUT_S = 200
+_COMMAND = [sys.executable, "-P", "-m", "quire.cli.main"]
+_TIMES = ("ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
+    parser.add_argument("--parts", default="groups,split,load", help="by comma")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--model-config", default="llama-8b", help="the shape for `load`")
+    parser.add_argument("--load-cases", default="64x128x256,256x128x256", help="callers x prompt tokens x tokens to generate")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of each stream under which a rank is killed")
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "device": arguments.device}
+    expected: list[list[int]] | None = None
+    for part in arguments.parts.split(","):
+        started_s = time.monotonic()
+        if part == "load":
+            report[part] = load(arguments)
+        else:
+            flags = ("--groups", "2") if part == "groups" else ("--tensor-parallel-size", "2")
+            report[part], expected = survive(arguments, flags, expected)
+        report[part]["took_s"] = time.monotonic() - started_s
+        print(part, json.dumps(report[part]), flush=True)
+        arguments.out.write_text(json.dumps(report, indent=1))
+
+
+def survive(
+    arguments: argparse.Namespace, flags: tuple[str, ...], expected: list[list[int]] | None
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """What became of streams under which a rank was killed, and the tokens of undisturbed ones.
+
+    expected: what these must be, by another group
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ServeProcess(Path(folder), "--device", arguments.device, "--dtype", "float32", *flags) as serve,
+    ):
+        started_s = time.monotonic()
+        address = serve.wait_ready()
+        ready_s = time.monotonic() - started_s
+        quiet = Streams(address, num_streams=NUM_STREAMS, num_tokens=arguments.tokens)
+        tokens = quiet.wait()
+        streams = Streams(address, num_streams=NUM_STREAMS, num_tokens=arguments.tokens)
+        wait_for(lambda: streams.num_tokens >= streams.num_wanted // 5, timeout_s=TIMEOUT_S)
+        killed = min(pid for pid, command in serve.processes().items() if f"-m {RANK} " in command)
+        os.kill(killed, signal.SIGKILL)
+        disturbed = streams.wait()
+        return {
+            "ready_s": ready_s,
+            "streams": NUM_STREAMS,
+            "exact": sum(ids == wanted for ids, wanted in zip(disturbed, tokens, strict=True)),
+            "as_other_group": None if expected is None else sum(ids == wanted for ids, wanted in zip(tokens, expected, strict=True)),
+            "longest_pause_s": streams.longest_pause_s,
+            "undisturbed_longest_pause_s": quiet.longest_pause_s,
+        }, tokens
+
+
+def load(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine alone and through the edge, a row per load."""
+    shape = ["--tensor-parallel-size", "2", "--device", arguments.device, "--dummy-weights", "--max-model-len", "2048"]
+    how = ["--model-config", arguments.model_config, *shape, "--workload", "load", "--load-cases", arguments.load_cases, "--json"]
+    engine = _json_of([*_COMMAND, "bench", "engine", *how])
+    rows = engine["workloads"]["load"]
+    with tempfile.TemporaryDirectory() as folder:
+        # The gateway wants a tokenizer, whichever: prompts are token ids here.
+        model = Path(folder) / "model"
+        model.mkdir()
+        shutil.copyfile(model_config_folder(arguments.model_config) / "config.json", model / "config.json")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (model / name).write_bytes((importlib.resources.files("quire.demo_model") / name).read_bytes())
+        with ServeProcess(Path(folder), str(model), *shape) as serve:
+            return {"engine_startup_s": engine["startup_s"], **through_the_edge(serve, rows)}
+
+
+def through_the_edge(serve: ServeProcess, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same loads, and how many times the engine's numbers theirs are."""
+    started_s = time.monotonic()
+    address = serve.wait_ready()
+    result: dict[str, Any] = {"ready_s": time.monotonic() - started_s, "rows": []}
+    for row in rows:
+        how = ["--rate", str(row["rate_per_s"])] if row["callers"] is None else ["--concurrency", str(row["callers"])]
+        how += ["--requests", str(row["requests"]), "--prompt-tokens", str(row["prompt_tokens"]), "--max-tokens", str(row["tokens"])]
+        served = _json_of([*_COMMAND, "bench", "serve", "--address", address, "--processes", "2", *how, "--temperature", "0", "--json"])
+        edge = {
+            "ttft_p50_ms": 1e3 * served["ttft_s"]["p50"],
+            "tpot_p50_ms": 1e3 * served["tpot_s"]["p50"],
+            "itl_p99_ms": 1e3 * served["itl_s"]["p99"],
+            "output_tokens_per_s": served["output_tokens_per_s"],
+        }
+        result["rows"].append({"engine": row, "edge": edge, "ratio": {name: edge[name] / row[name] for name in _TIMES}})
+    return result
+
+
+def _json_of(command: list[str]) -> dict[str, Any]:
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=_BENCH_TIMEOUT_S).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+if __name__ == "__main__":
+    main()
