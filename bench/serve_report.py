@@ -106,7 +106,7 @@ def report_as_json(report: LoadReport) -> dict[str, Any]:
         "num_requests": len(report.records),
         "num_failed": report.num_failed,
         "requests_per_s": report.requests_per_s,
-        "tokens_per_s": report.tokens_per_s,
+        "output_tokens_per_s": report.tokens_per_s,
         **goodput,
         **report.spreads(),
         "requests": [asdict(record) for record in report.records],
