@@ -7,7 +7,6 @@ a wrong command line is 2, Ctrl-C is 130.
 import argparse
 import difflib
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Final, NoReturn
 
 from quire.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from quire.common.errors import QuireError
+from quire.common.version import quire_version
 
 COMMANDS: Final = {
     "serve": ("quire.cli.serve", "start a cluster on this machine and serve a model"),
@@ -61,7 +61,7 @@ def _run(argv: list[str]) -> int:
         print(_help())
         return 0 if argv else EXIT_USAGE
     if name in ("-V", "--version", "version"):
-        print(f"quire {importlib.metadata.version('quire')}")
+        print(f"quire {quire_version()}")
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Protocol
 
 from quire.cluster.controller.groups import Group, GroupState
@@ -13,6 +12,7 @@ from quire.common.config import ModelPlan
 from quire.common.errors import Unavailable
 from quire.common.http_pages import Page
 from quire.common.messages import GroupStatus, PoolStatus, QueueStatus, Status
+from quire.common.version import quire_version
 
 
 class WatchedController(Protocol):
@@ -58,7 +58,7 @@ class ControllerMetrics:
         except Unavailable:
             status = None
         families.add(names.SCHEDULER_UP, (), float(status is not None))
-        families.add(names.BUILD_INFO, (version("quire"), platform.python_version(), "controller"), 1)
+        families.add(names.BUILD_INFO, (quire_version(), platform.python_version(), "controller"), 1)
         families.add(names.SCHEDULER_RESTARTS, (), max(0, self._num_schedulers - 1))
         for group in self._controller.groups():
             self._add_group(families, group)

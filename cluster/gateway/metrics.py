@@ -5,7 +5,6 @@ import contextlib
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -19,6 +18,7 @@ from quire.common.errors import QuireError
 from quire.common.http_pages import Page
 from quire.common.messages import EndReason
 from quire.common.metric_names import Metric
+from quire.common.version import quire_version
 
 OK: Final = "ok"
 # Ends that are there with 0 from the start: the rate of a counter that appears with its first event misses that one.
@@ -62,7 +62,7 @@ class GatewayMetrics:
         self._calls = Gauge(names.GATEWAY_CALLS.name, names.GATEWAY_CALLS.meaning, registry=self._registry)
         self._ready = Gauge(names.GATEWAY_READY.name, names.GATEWAY_READY.meaning, registry=self._registry)
         build = Gauge(names.BUILD_INFO.name, names.BUILD_INFO.meaning, names.BUILD_INFO.labels, registry=self._registry)
-        build.labels(version("quire"), platform.python_version(), "gateway").set(1)
+        build.labels(quire_version(), platform.python_version(), "gateway").set(1)
         ProcessCollector(registry=self._registry)
         for outcome, reason in _EXPECTED_ENDS:
             self._requests.labels("", outcome, reason)

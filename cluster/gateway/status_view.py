@@ -4,12 +4,12 @@ import asyncio
 import base64
 import json
 import time
-from importlib.metadata import version
 from typing import Any, Final
 
 import grpc
 
 from quire.common.clock import Clock, monotonic
+from quire.common.version import quire_version
 from quire.v1 import cluster_pb2
 from quire.v1.cluster_pb2_grpc import ClusterServiceStub
 
@@ -50,7 +50,7 @@ class StatusView:
         blocks_of = {each.group_id: each for each in blocks.groups}
         return {
             "time_s": time.time(),
-            "version": version("quire"),
+            "version": quire_version(),
             "models": sorted({group.model for group in groups.groups}),
             "queue": {
                 "waiting": queue.waiting_request_count,

@@ -15,12 +15,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 from quire.cluster.gateway.metrics import RequestRecord
 from quire.common.clock import Clock, monotonic
 from quire.common.errors import ConfigError, QuireError
+from quire.common.version import quire_version
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -59,14 +59,14 @@ class Tracing:
         self._clock = clock
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
-            resource=Resource.create({"service.name": "quire-gateway", "service.version": version("quire")}),
+            resource=Resource.create({"service.name": "quire-gateway", "service.version": quire_version()}),
             shutdown_on_exit=False,  # `stop` does so, within a bound
         )
         exporter = OTLPSpanExporter(endpoint, timeout=SEND_TIMEOUT_S)
         self._provider.add_span_processor(
             BatchSpanProcessor(exporter, max_queue_size=MAX_QUEUED_SPANS, schedule_delay_millis=SEND_EVERY_S * 1000)
         )
-        self._tracer = self._provider.get_tracer("quire", version("quire"))
+        self._tracer = self._provider.get_tracer("quire", quire_version())
 
     @contextlib.contextmanager
     def traced(self, record: RequestRecord, metadata: Mapping[str, str], *, method: str) -> Iterator[None]:
