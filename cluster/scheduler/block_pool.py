@@ -1,7 +1,7 @@
 """Which KV blocks of a pool are free, held or cached: ids only, never their memory."""
 
 from bisect import bisect_left
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -31,8 +31,9 @@ class BlockPool:
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks
         self._free = deque(range(num_blocks))
-        # Invariant: exactly the findable blocks without a holder, least recently used first (a dict keeps its order).
-        self._cached: dict[int, None] = {}
+        # Invariant: exactly the findable blocks without a holder, least recently used first. A plain dict keeps that order too, but looks
+        # for its first key among all those that were deleted before it: 500 blocks of a pool of 42,000 took 4 ms instead of 0.1.
+        self._cached: OrderedDict[int, None] = OrderedDict()
         # Invariant: each other's inverse.
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
@@ -92,8 +93,7 @@ class BlockPool:
             if self._free:
                 block_id = self._free.popleft()
             else:
-                block_id = next(iter(self._cached))
-                del self._cached[block_id]
+                block_id, _ = self._cached.popitem(last=False)
                 del self._block_of[self._hash_of.pop(block_id)]
             self._ref_counts[block_id] = 1
             taken.append(block_id)

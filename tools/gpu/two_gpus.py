@@ -6,7 +6,7 @@ groups: two groups of one GPU; the built-in model in float32, 64 streams; a rank
         the tokens of a run in which nothing happens
 split:  the same with one group of two GPUs, whose tokens must be those of one GPU
 load:   Llama 3 8B's shape with random weights on a group of two: closed loops of 64 and 256 callers and arrivals at 70 % of what the
-        engine alone carries, through gRPC from two client processes, beside the engine alone
+        engine alone carries, through gRPC from client processes, beside the engine alone
 
 `--device cpu --model-config DIR` tries it out where there is no GPU.
 """
@@ -31,6 +31,9 @@ from quire.bench.engine import model_config_folder
 
 NUM_STREAMS = 64
 NUM_TOKENS = 600
+# A gateway carries about 40,000 tokens/s and a client process less: neither may be what is measured.
+NUM_GATEWAYS = 4
+NUM_CLIENTS = 16
 RANK = "quire.worker.rank_process"
 _BENCH_TIMEOUT_S = 200
 _COMMAND = [sys.executable, "-P", "-m", "quire.cli.main"]
@@ -104,7 +107,7 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
         shutil.copyfile(model_config_folder(arguments.model_config) / "config.json", model / "config.json")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((importlib.resources.files("quire.demo_model") / name).read_bytes())
-        with ServeProcess(Path(folder), str(model), *shape) as serve:
+        with ServeProcess(Path(folder), str(model), *shape, "--gateways", str(NUM_GATEWAYS)) as serve:
             return {"engine_startup_s": engine["startup_s"], **through_the_edge(serve, rows)}
 
 
@@ -116,7 +119,9 @@ def through_the_edge(serve: ServeProcess, rows: list[dict[str, Any]]) -> dict[st
     for row in rows:
         how = ["--rate", str(row["rate_per_s"])] if row["callers"] is None else ["--concurrency", str(row["callers"])]
         how += ["--requests", str(row["requests"]), "--prompt-tokens", str(row["prompt_tokens"]), "--max-tokens", str(row["tokens"])]
-        served = _json_of([*_COMMAND, "bench", "serve", "--address", address, "--processes", "2", *how, "--temperature", "0", "--json"])
+        served = _json_of(
+            [*_COMMAND, "bench", "serve", "--address", address, "--processes", str(NUM_CLIENTS), *how, "--temperature", "0", "--json"]
+        )
         edge = {
             "ttft_p50_ms": 1e3 * served["ttft_s"]["p50"],
             "tpot_p50_ms": 1e3 * served["tpot_s"]["p50"],
