@@ -7,9 +7,10 @@ from typing import Final
 
 from quire.cli.serve import check_tokenizer
 from quire.cli.setting_flags import add_setting_arguments, read_settings
-from quire.cluster.controller.listen_address import check_listen_address, check_scheduler_address
+from quire.cluster.controller.listen_address import check_scheduler_address, split_address
 from quire.cluster.controller.ray_environment import prepare_joined_ray
 from quire.cluster.controller.stop_signals import StopSignals
+from quire.common.cluster_tls import is_loopback
 from quire.common.config import plan_model
 from quire.common.curve import CurveKeys
 from quire.common.errors import ConfigError
@@ -20,6 +21,8 @@ _EDGE_SETTINGS: Final = (
     "listen",
     "metrics_listen",
     "gateways",
+    "insecure",
+    "max_request_bytes",
     "token_file",
     "tls_cert",
     "tls_key",
@@ -36,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ray-address", metavar="auto|HOST:PORT", default="auto", help="the Ray to join (default: auto)")
     parser.add_argument(
-        "--discovery-listen", metavar="HOST:PORT", default="127.0.0.1:50050", help="where gateways ask (default: 127.0.0.1:50050)"
+        "--discovery-listen",
+        metavar="HOST:PORT",
+        default="127.0.0.1:50050",
+        help="where gateways ask, by TLS with the cluster's key unless it is a loopback address (default: 127.0.0.1:50050)",
     )
     parser.add_argument(
         "--scheduler-listen",
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     config = read_settings(args)
     plan = plan_model(config.models[0])
-    check_listen_address(args.discovery_listen, insecure=config.insecure)
+    split_address(args.discovery_listen)
     if args.scheduler_listen is not None:
         check_scheduler_address(args.scheduler_listen)
     keys = read_cluster_key(args.cluster_key)
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
                     found = {"address": address, "metrics": {"controller": cluster.metrics_address}, "cluster_key": cluster.cluster_key}
                     write_json_atomically(ready_file, found)
                 print(f"ready: {plan.name}, discovery at {address} (Ctrl-C stops it)", flush=True)
-                if args.scheduler_listen is not None:
+                if args.scheduler_listen is not None or not is_loopback(address):
                     print(f"key of gateways on other hosts: {cluster.cluster_key}", flush=True)
                 print(f"metrics: http://{cluster.metrics_address}/metrics", flush=True)
                 cluster.run()

@@ -13,6 +13,7 @@ from quire.cli.setting_flags import add_setting
 from quire.cluster.controller.gateways import POLL_S, Gateways, gateway_spec
 from quire.cluster.controller.listen_address import check_listen_address
 from quire.cluster.controller.stop_signals import StopSignals
+from quire.common.cluster_tls import is_local
 from quire.common.config import ServeConfig, resolve_config
 from quire.common.curve import CurveKeys
 from quire.common.errors import ConfigError, Unavailable
@@ -27,6 +28,7 @@ SETTINGS: Final = (
     "tls_cert",
     "tls_key",
     "tls_client_ca",
+    "max_request_bytes",
     "request_timeout_s",
     "drain_timeout_s",
     "start_timeout_s",
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster-key",
         metavar="FILE",
-        help="the file client_key of the cluster's run folder, where its scheduler is reached by TCP",
+        help="the file client_key of the cluster's run folder, or of `quire key new`: for a cluster that is reached over a network",
     )
     parser.add_argument("--ready-file", metavar="FILE", help="write the address here, as JSON, once all of them serve")
     for setting in fields(ServeConfig):
@@ -65,7 +67,11 @@ def run(args: argparse.Namespace) -> int:
     )
     check_credentials(config)
     if args.cluster_key is not None:
-        CurveKeys.read(Path(args.cluster_key).expanduser())
+        keys = CurveKeys.read(Path(args.cluster_key).expanduser())
+        if keys.certificates is None and not is_local(args.discovery):
+            raise ConfigError(f"{args.cluster_key} has no certificates for discovery over a network; make keys with: quire key new")
+    elif not is_local(args.discovery):
+        raise ConfigError(f"discovery at {args.discovery} is reached over a network; give --cluster-key FILE, the cluster's client_key")
     stop = StopSignals()
     stop.install()
     with tempfile.TemporaryDirectory(prefix="quire-gateway-") as folder:

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        CurveKeys.new().put_into(folder)
+        CurveKeys.of_hosts().put_into(folder)
     except FileExistsError as error:
         raise ConfigError(f"{error.filename} is there already; a cluster's key is not overwritten") from None
     except OSError as error:

@@ -1,5 +1,6 @@
 """gRPC's errors as ours: by google.rpc.Status where the server sent one, else by code and what gRPC itself says."""
 
+import re
 from collections.abc import Iterable
 from typing import Final, cast
 
@@ -69,12 +70,20 @@ def _from_plain(code: int, details: str, *, address: str, timeout_s: float) -> Q
     if code == StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{address} did not finish within {timeout_s:g} s; give a longer timeout_s")
     if code == StatusCode.RESOURCE_EXHAUSTED and "larger than max" in lower:
-        return InvalidRequest(f"a message is too large: {details}", reason="MESSAGE_TOO_LARGE")
+        return InvalidRequest(_too_large_message(details), reason="MESSAGE_TOO_LARGE")
     if code == StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(details, retry_after_s=0.0)
     if code == StatusCode.UNIMPLEMENTED:
         return NotSupported(f"{address} does not have this call: {details}; is it a Quire server of this version?", reason="NO_SUCH_CALL")
     return error_from_code(code, details)
+
+
+def _too_large_message(details: str) -> str:
+    """gRPC tells the size of what it refuses, and the bound of who refused it."""
+    sizes = re.search(r"server: .*larger than max \((\d+) vs\. (\d+)\)", details, re.IGNORECASE)
+    if sizes is None:
+        return f"a message is too large: {details}"
+    return f"the request has {sizes[1]} bytes, and this server takes {sizes[2]} (max_request_bytes); shorten it"
 
 
 def _unavailable_reason(lower: str) -> str:

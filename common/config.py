@@ -34,6 +34,12 @@ _SWAP_BYTES: Final = {"cpu": 2**28, "cuda": 2**32}
 # Of the numbers of ranks that heads can be split over, those up to here are worth naming.
 _MAX_NAMED_RANKS: Final = 64
 
+# A longer message is an attack or a mistake, whatever the model: it holds 4 million characters.
+MAX_REQUEST_BYTES: Final = 4 * 2**20
+# What the longest request of a model can need: tokens of text (4 bytes each as a rule), a list of any token ids, everything else.
+_BYTES_PER_PROMPT_TOKEN: Final = 8
+_BYTES_PER_LISTED_ID: Final = 5
+_BYTES_OF_THE_REST: Final = 256 * 2**10
 # More gateways than a machine has use for: each takes some 100 MiB, and a core when it is busy.
 MAX_GATEWAYS: Final = 64
 # Where metrics are served when nobody says. If that port is taken, by another cluster on this machine for one, a free one is.
@@ -94,6 +100,9 @@ class ServeConfig:
     tls_client_ca: str | None = _setting(None, "PEM file of who signs clients' certificates; when given, clients need one (mTLS)")
     max_waiting_requests: int = _setting(4096, "requests that may wait in the queue")
     max_waiting_tokens: int = _setting(8_000_000, "prompt tokens that may wait in the queue")
+    max_request_bytes: int | None = _setting(
+        None, "largest request that is received (1Mi, 500k, ...); when not given, what the model's longest can need", is_bytes=True
+    )
     request_timeout_s: float = _setting(600.0, "seconds that a request without a deadline may take")
     drain_timeout_s: float = _setting(30.0, "seconds that running streams get to finish after SIGTERM")
     start_timeout_s: float = _setting(600.0, "seconds until every group must be ready")
@@ -337,6 +346,7 @@ def _check_ranges(config: ServeConfig) -> None:
         "max_batched_tokens": model.max_batched_tokens,
         "num_threads": model.num_threads,
         "gateways": config.gateways,
+        "max_request_bytes": config.max_request_bytes,
         "max_waiting_requests": config.max_waiting_requests,
         "max_waiting_tokens": config.max_waiting_tokens,
     }
@@ -345,6 +355,8 @@ def _check_ranges(config: ServeConfig) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if config.gateways > MAX_GATEWAYS:
         raise ConfigError(f"gateways is {config.gateways}; one machine takes at most {MAX_GATEWAYS}")
+    if config.max_request_bytes is not None and config.max_request_bytes > MAX_REQUEST_BYTES:
+        raise ConfigError(f"max_request_bytes is {config.max_request_bytes}; it takes at most {MAX_REQUEST_BYTES}")
     if model.block_size < 1 or model.block_size & (model.block_size - 1):
         raise ConfigError(f"block_size is {model.block_size}; it must be a power of two, such as 16")
     if model.gpu_blocks is not None and model.kv_cache_memory is not None:
@@ -364,6 +376,12 @@ def _check_ranges(config: ServeConfig) -> None:
     ):
         if not 0 < seconds < 1e6:
             raise ConfigError(f"{name} is {seconds}; it must be above 0 and below 1000000")
+
+
+def request_bytes(config: ServeConfig, *, max_model_len: int, vocab_size: int) -> int:
+    """The largest request message that gateways of a model receive: what is larger is refused before it is taken in."""
+    needed = _BYTES_OF_THE_REST + _BYTES_PER_PROMPT_TOKEN * max_model_len + _BYTES_PER_LISTED_ID * vocab_size
+    return config.max_request_bytes or min(needed, MAX_REQUEST_BYTES)
 
 
 def _device(config: ModelConfig) -> str:

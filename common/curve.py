@@ -4,10 +4,9 @@ A cluster has two key pairs, one of the scheduler, whose sockets are the ones th
 share. Sockets of one machine (ipc://) stay plain: their folder is closed to other users. Keys are text (Z85), as ZeroMQ takes them.
 """
 
-import ipaddress
 import json
 import os
-import urllib.parse
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -15,6 +14,7 @@ from typing import Any, Final, Self
 import zmq
 import zmq.utils.z85
 
+from quire.common.cluster_tls import is_loopback, new_certificates
 from quire.common.errors import ConfigError
 
 # Files in a cluster's run folder.
@@ -34,12 +34,18 @@ class CurveKeys:
     client_public: str
     client_secret: str = field(repr=False)
     server_secret: str | None = field(default=None, repr=False)  # the scheduler's alone
+    certificates: dict[str, str] | None = field(default=None, repr=False)  # of discovery (common/cluster_tls.py); None: it is local
 
     @classmethod
     def new(cls) -> Self:
-        """Those of a new cluster."""
+        """Those of a new cluster on one host."""
         (server_public, server_secret), (client_public, client_secret) = zmq.curve_keypair(), zmq.curve_keypair()
         return cls(server_public.decode(), client_public.decode(), client_secret.decode(), server_secret.decode())
+
+    @classmethod
+    def of_hosts(cls) -> Self:
+        """Those of a new cluster on several hosts."""
+        return replace(cls.new(), certificates=new_certificates())
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -57,7 +63,7 @@ class CurveKeys:
     def write(self, path: Path) -> None:
         """For this user alone. There must be no such file yet."""
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(self.as_spec(), file)
+            json.dump(asdict(self), file)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
@@ -78,11 +84,17 @@ class CurveKeys:
 
     def of_clients(self) -> Self:
         """What those who connect have."""
-        return replace(self, server_secret=None)
+        certificates = self.certificates and {name: text for name, text in self.certificates.items() if name != "server_key"}
+        return replace(self, server_secret=None, certificates=certificates)
 
     def as_spec(self) -> dict[str, str]:
-        """As a part of a child's specification."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """As a part of the specification of a child, which has no business with discovery."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "certificates"}
+
+    @classmethod
+    def of_spec(cls, spec: Mapping[str, str]) -> Self:
+        """What `as_spec` gave."""
+        return cls(spec["server_public"], spec["client_public"], spec["client_secret"], spec.get("server_secret"))
 
 
 def keys_for(address: str, keys: CurveKeys | None) -> CurveKeys | None:
@@ -93,7 +105,7 @@ def keys_for(address: str, keys: CurveKeys | None) -> CurveKeys | None:
     """
     if not address.startswith("tcp://"):
         return None
-    if keys is None and not _is_loopback(address):
+    if keys is None and not is_loopback(address.removeprefix("tcp://")):
         raise ConfigError(
             f"{address} is reached over a network and this process has no cluster key; give one (quire gateway --cluster-key FILE)",
             reason="NO_CLUSTER_KEY",
@@ -132,11 +144,3 @@ class Doorman:
         code, text = (b"200", b"OK") if is_known else (b"400", b"the key is not known")
         assert version == _ZAP_VERSION, version
         self.socket.send_multipart([version, request_id, code, text, b"", b""])
-
-
-def _is_loopback(address: str) -> bool:
-    host = urllib.parse.urlsplit(address).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, or *
-        return host == "localhost"

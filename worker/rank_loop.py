@@ -64,7 +64,7 @@ class RankLoop:
         link.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
         link.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
         link.setsockopt(zmq.LINGER, int(LINGER_S * 1000))
-        keys = keys_for(self._spec.scheduler_address, CurveKeys(**self._spec.curve) if self._spec.curve is not None else None)
+        keys = keys_for(self._spec.scheduler_address, CurveKeys.of_spec(self._spec.curve) if self._spec.curve is not None else None)
         if keys is not None:
             secure_client(link, keys)
         monitor = link.get_monitor_socket(zmq.EVENT_DISCONNECTED)

@@ -43,9 +43,10 @@ from quire.cluster.controller.scheduler_actor import find_scheduler, start_sched
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.clock import monotonic
+from quire.common.cluster_tls import is_loopback, server_credentials
 from quire.common.config import DEFAULT_METRICS_LISTEN, ModelPlan, ServeConfig
 from quire.common.curve import CurveKeys, keys_for, secure_client
-from quire.common.errors import Unavailable
+from quire.common.errors import ConfigError, Unavailable
 from quire.common.http_pages import HttpPages
 from quire.common.messages import (
     PROTOCOL_VERSION,
@@ -169,8 +170,14 @@ class _Controller:
         if listen.startswith("unix:"):
             self._server.add_insecure_port(listen)
             return listen
-        wanted = int(port) or self._state.discovery_port  # gateways know the port of the controller before this one
-        self._state.discovery_port = self._server.add_insecure_port(f"{host}:{wanted}")
+        wanted = f"{host}:{int(port) or self._state.discovery_port}"  # gateways know the port of the controller before this one
+        if is_loopback(listen):
+            self._state.discovery_port = self._server.add_insecure_port(wanted)
+        else:
+            certificates = self._keys.certificates
+            if certificates is None:
+                raise ConfigError("the cluster's keys have no certificates for discovery; make new ones with: quire key new")
+            self._state.discovery_port = self._server.add_secure_port(wanted, server_credentials(certificates))
         save_state(self._folder, self._state)
         return f"{host}:{self._state.discovery_port}"
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 from quire.cluster.controller.groups import MAX_RESTARTS_IN_A_ROW, STEADY_S, restart_pause_s
 from quire.cluster.controller.listen_address import split_address
 from quire.common.child_process import start_child
-from quire.common.config import DEFAULT_METRICS_LISTEN, ServeConfig
+from quire.common.config import DEFAULT_METRICS_LISTEN, MAX_REQUEST_BYTES, ServeConfig
 from quire.common.errors import ConfigError, Unavailable
 
 log = logging.getLogger("quire.gateways")
@@ -171,12 +171,18 @@ class Gateways:
         return self._folder / f"gateway-{life.index}.json"
 
 
-def gateway_spec(config: ServeConfig, discovery_address: str, *, cluster_key: str | None) -> dict[str, Any]:
-    """What every gateway is started with: a GatewayConfig without address and report. Secrets stay in files that it names."""
+def gateway_spec(
+    config: ServeConfig, discovery_address: str, *, cluster_key: str | None, max_request_bytes: int | None = None
+) -> dict[str, Any]:
+    """What every gateway is started with: a GatewayConfig without address and report. Secrets stay in files that it names.
+
+    max_request_bytes: where the model is known; None takes what the setting says, else what no model exceeds
+    """
     paths = {name: getattr(config, name) for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca")}
     paths["cluster_key"] = cluster_key
     return {
         "discovery_address": discovery_address,
+        "max_request_bytes": max_request_bytes or config.max_request_bytes or MAX_REQUEST_BYTES,
         "request_timeout_s": config.request_timeout_s,
         "drain_timeout_s": config.drain_timeout_s,
         "log_level": config.log_level,

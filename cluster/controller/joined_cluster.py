@@ -93,8 +93,7 @@ class JoinedCluster:
         base = tempfile.gettempdir()
         self._folder = folder = Path(tempfile.mkdtemp(prefix="quire-", dir=base if len(base) <= MAX_BASE_CHARS else "/tmp"))  # mode 0700
         (folder / "logs").mkdir()
-        if self._keys is not None:
-            self._keys.put_into(folder)
+        (self._keys or CurveKeys.of_hosts()).put_into(folder)
         rank_resource = "GPU" if self._plan.device == "cuda" else "CPU"
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
         self._controller = options.remote(

@@ -21,7 +21,7 @@ from quire.cluster.controller.gateways import Gateways, gateway_spec
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
 from quire.common.child_process import start_child, stop_child
-from quire.common.config import ModelPlan, ServeConfig
+from quire.common.config import ModelPlan, ServeConfig, request_bytes
 from quire.common.curve import CLIENT_KEY, CurveKeys
 from quire.common.errors import Unavailable
 from quire.worker.rank_spec import make_rank_spec
@@ -77,7 +77,14 @@ class LocalCluster:
         CurveKeys.of_folder(self.folder)  # before gateways, which read their part
         # The gateways come first and wait for the controller: their start costs nothing while Ray starts.
         self._gateways = Gateways(
-            gateway_spec(self._config, discovery_address(self.folder), cluster_key=str(self.folder / CLIENT_KEY)),
+            gateway_spec(
+                self._config,
+                discovery_address(self.folder),
+                cluster_key=str(self.folder / CLIENT_KEY),
+                max_request_bytes=request_bytes(
+                    self._config, max_model_len=self._plan.max_model_len, vocab_size=self._plan.folder.vocab_size
+                ),
+            ),
             listen=self._config.listen,
             count=self._config.gateways,
             folder=self.folder,

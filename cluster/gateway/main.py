@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
-
 from quire.cluster.gateway.access import Access
 from quire.cluster.gateway.call_gate import MAX_CALLS, CallGate
 from quire.cluster.gateway.cluster_service import ClusterService
@@ -44,6 +42,8 @@ from quire.cluster.gateway.tls import Certificates, TlsFiles
 from quire.cluster.gateway.tokens import TokenFile
 from quire.cluster.gateway.tracing import Tracing
 from quire.common.child_process import enter_child
+from quire.common.cluster_tls import discovery_channel
+from quire.common.config import MAX_REQUEST_BYTES
 from quire.common.curve import CurveKeys
 from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
@@ -78,6 +78,7 @@ class GatewayConfig:
     discovery_address: str  # of the controller
     report_path: str  # where {"address": ...} or {"error": ...} is written
     shares_port: bool = False  # with other gateways of this machine
+    max_request_bytes: int = MAX_REQUEST_BYTES  # larger messages are refused by their length
     request_timeout_s: float = 600.0  # of a request without a deadline; longer deadlines are cut to it
     drain_timeout_s: float = 30.0  # that running streams get after SIGTERM
     log_level: str = "info"
@@ -124,7 +125,7 @@ class Gateway:
         self._certificates = _certificates(config)
         keys = CurveKeys.read(Path(config.cluster_key)) if config.cluster_key is not None else None
         access = Access(TokenFile(Path(config.token_file)) if config.token_file is not None else None)
-        self._channel = grpc.aio.insecure_channel(config.discovery_address, options=_CHANNEL_OPTIONS)
+        self._channel = discovery_channel(config.discovery_address, keys.certificates if keys is not None else None, _CHANNEL_OPTIONS)
         self._workers = TextWorkers()
         self.gate = CallGate(max_calls=bounds.max_calls)
         self.metrics = GatewayMetrics()
@@ -160,6 +161,7 @@ class Gateway:
             access=access,
             reader=self.reader,
             max_call_s=config.request_timeout_s,
+            max_request_bytes=config.max_request_bytes,
             shares_port=config.shares_port,
             handshake_timeout_s=bounds.handshake_timeout_s,
             max_connection_age_s=bounds.max_connection_age_s,

@@ -24,8 +24,8 @@ log = logging.getLogger("quire.gateway")
 INFERENCE_SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CLUSTER_SERVICE: Final = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 
-# A prompt of the longest models fits; more is an attack or a mistake.
-MAX_MESSAGE_BYTES: Final = 4 * 2**20
+# Of an answer: gRPC's clients take as much by default.
+MAX_ANSWER_BYTES: Final = 4 * 2**20
 MAX_METADATA_BYTES: Final = 8 * 2**10
 # Streams beyond this are refused, not queued, when a client opens them before it has read our settings: 88 of 900 at 128
 # (measured on a 2-core x86 machine, 2026-11-21). So it is above what one client keeps open, while one connection still cannot
@@ -57,8 +57,7 @@ CONNECTION_GRACE_S: Final = 60.0  # beside the longest call: for its last writes
 STOP_TIMEOUT_S: Final = 5.0
 
 _OPTIONS: Final[tuple[tuple[str, int], ...]] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
     ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
@@ -86,6 +85,7 @@ class Server:
         access: Access,
         reader: RequestReader,
         max_call_s: float,
+        max_request_bytes: int,
         shares_port: bool = False,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
         max_connection_age_s: float = MAX_CONNECTION_AGE_S,
@@ -96,6 +96,7 @@ class Server:
         shares_port: other servers of this user may have the same port; else a second one fails
         """
         own = (
+            ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.so_reuseport", int(shares_port)),
             ("grpc.server_handshake_timeout_ms", round(handshake_timeout_s * 1000)),
             ("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)),

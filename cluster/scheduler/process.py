@@ -80,7 +80,7 @@ class SchedulerProcess:
         self._clock = clock
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._poller = zmq.Poller()
-        keys = CurveKeys(**config.curve) if config.curve is not None else None
+        keys = CurveKeys.of_spec(config.curve) if config.curve is not None else None
         # Before any socket is bound: without it, whoever knows the scheduler's public key would be let in.
         self._doorman = Doorman(context, keys) if keys is not None else None
         if self._doorman is not None:

@@ -51,7 +51,7 @@ def test_a_clusters_keys_are_made_once_and_its_users_alone(tmp_path: Path) -> No
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
     for secret in (keys.server_secret, keys.client_secret):
         assert secret not in repr(keys)
-    assert CurveKeys(**keys.as_spec()) == keys
+    assert CurveKeys.of_spec(keys.as_spec()) == keys
 
 
 @pytest.mark.parametrize("content", ["", "MarkedKey", '{"MarkedKey": 1}', "[]"])

@@ -19,7 +19,10 @@ VOCABULARY: Final = 4096
 MAX_MODEL_LEN: Final = 256
 MAX_REQUEST_TOKENS: Final = 192
 MAX_CHARS: Final = 8 * MAX_MODEL_LEN
+LONG_TEXT: Final = MARKER + "x" * 10**5
 MEGABYTE: Final = MARKER + "x" * 10**6
+# What the gateway receives for this model; its parts are in common/config.request_bytes.
+MAX_BYTES: Final = 256 * 1024 + 8 * MAX_MODEL_LEN + 5 * VOCABULARY
 NAN: Final = float("nan")
 INFINITY: Final = float("inf")
 
@@ -92,15 +95,19 @@ def _lengths() -> list[BadRequest]:
     empty: dict[str, Any] = {"reason": "EMPTY_PROMPT"}
     long: dict[str, Any] = {"reason": "PROMPT_TOO_LONG"}
     too_long: dict[str, Any] = {"reason": "REQUEST_TOO_LONG"}
+    too_large: dict[str, Any] = {"reason": "MESSAGE_TOO_LARGE"}
+    larger = rf"the request has 10\d{{5}} bytes, and this server takes {MAX_BYTES} \(max_request_bytes\)"
     return [
         BadRequest("empty text", "text is empty; give it at least one", prompt="", **empty),
         BadRequest("empty token ids", "token_ids is empty; give it at least one", prompt=(), **empty),
         BadRequest("no turns", "chat.messages has 0 entries", prompt=(), raw=raw(chat=inference_pb2.Chat()), **empty),
-        BadRequest("text of a megabyte", f"text has 1000009 characters; this model takes {MAX_CHARS}", prompt=MEGABYTE, **long),
+        BadRequest("text of a megabyte", larger, prompt=MEGABYTE, **too_large),
+        BadRequest("text of 100,000 characters", f"text has 100009 characters; this model takes {MAX_CHARS}", prompt=LONG_TEXT, **long),
         BadRequest("text of one character too many", f"has {MAX_CHARS + 1} characters", prompt=(MARKER * 300)[: MAX_CHARS + 1], **long),
         BadRequest("text of too many tokens", r"prompt has \d+ tokens; this model takes 192", prompt=MARKER * 150, **long),
         BadRequest("more ids than positions", "prompt has 257 tokens; this model takes 256", prompt=(5,) * 257, **long),
-        BadRequest("a million ids", "has more than 256 token ids, in 100000", prompt=(5,) * 10**6, **long),
+        BadRequest("a million ids", larger, prompt=(5,) * 10**6, **too_large),
+        BadRequest("100,000 ids", r"has more than 256 token ids, in 1000\d\d", prompt=(5,) * 10**5, **long),
         BadRequest("more ids than the pool holds", r"has 193 tokens; this model takes 192 \(max_request", prompt=(5,) * 193, **long),
         BadRequest("no room for a completion", "prompt has 192 tokens, which leaves none of 192", prompt=(5,) * 192, **long),
         BadRequest(
@@ -114,7 +121,7 @@ def _lengths() -> list[BadRequest]:
         BadRequest("truncated to nothing", "truncate_prompt_tokens is 0; it takes 1 to 256", options={"truncate_prompt_tokens": 0}),
         BadRequest("truncated to too much", "truncate_prompt_tokens is 257; it takes", options={"truncate_prompt_tokens": 257}),
         BadRequest("truncated, still too long", "leaves none of 192", (5,) * 400, {"truncate_prompt_tokens": 192}, **long),
-        BadRequest("truncated text of a megabyte", "has 1000009 characters", MEGABYTE, {"truncate_prompt_tokens": 5}, **long),
+        BadRequest("truncated text of 100,000", "has 100009 characters", LONG_TEXT, {"truncate_prompt_tokens": 5}, **long),
     ]
 
 

@@ -50,7 +50,7 @@ class TwoHosts:
         self._num_cpus = num_cpus
         self._keys = self.folder / "keys"
         self._keys.mkdir()
-        CurveKeys.new().put_into(self._keys)
+        CurveKeys.of_hosts().put_into(self._keys)
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
@@ -79,7 +79,7 @@ class TwoHosts:
     def start(self, folder: Path, *arguments: str) -> dict[str, Any]:
         """Start `quire controller` on the head; what it writes once it is ready."""
         ready, output_path = folder / "ready.json", folder / "output"
-        command = [sys.executable, "-P", "-m", "quire.cli.main", "controller", "--ray-address", self.ray_address, "--insecure"]
+        command = [sys.executable, "-P", "-m", "quire.cli.main", "controller", "--ray-address", self.ray_address]
         command += ["--discovery-listen", f"{self.head_ip}:0", "--scheduler-listen", f"{self.head_ip}:0", "--ready-file", str(ready)]
         command += ["--cluster-key", str(self._keys / "cluster_key")]
         process = self._spawn([*command, *arguments], output_path, folder)

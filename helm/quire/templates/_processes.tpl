@@ -83,8 +83,6 @@
 - --scheduler-listen=$(POD_IP):{{ .Values.controller.schedulerPort }}
 - --cluster-key=/etc/quire/cluster-key/cluster_key
 - --controller-metrics-listen=0.0.0.0:{{ .Values.controller.metricsPort }}
-# Discovery has no TLS; the NetworkPolicy says who reaches it.
-- --insecure
 {{ include "quire.modelFlags" . }}
 {{- include "quire.settingFlags" (dict "root" . "command" "controller") }}
 {{- end -}}
