@@ -6,11 +6,7 @@ No authority signs them and no name is checked: each end has the other's very ce
 import datetime
 import ipaddress
 import urllib.parse
-from typing import Any, Final
-
-import grpc
-
-from quire.common.errors import ConfigError
+from typing import Final
 
 # What the certificates are issued to, whatever the hosts are called.
 CLUSTER_NAME: Final = "quire-cluster"
@@ -24,32 +20,6 @@ def new_certificates() -> dict[str, str]:
     """Certificates and keys of the controller (server_...) and of those who ask it (client_...), PEM."""
     pairs = {"server": _self_signed(), "client": _self_signed()}
     return {f"{side}_{part}": text for side, pair in pairs.items() for part, text in zip(("certificate", "key"), pair, strict=True)}
-
-
-def server_credentials(certificates: dict[str, str]) -> grpc.ServerCredentials:
-    """For who answers: only those who hold the client's certificate get through."""
-    pair = certificates["server_key"].encode(), certificates["server_certificate"].encode()
-    return grpc.ssl_server_credentials([pair], certificates["client_certificate"].encode(), require_client_auth=True)
-
-
-def discovery_channel(address: str, certificates: dict[str, str] | None, options: tuple[tuple[str, Any], ...] = ()) -> grpc.aio.Channel:
-    """A channel to a controller's discovery, with TLS where others could listen in.
-
-    Raises:
-        ConfigError: it would need certificates, and there are none.
-    """
-    if is_local(address):
-        return grpc.aio.insecure_channel(address, options=options)
-    if certificates is None:
-        raise ConfigError(
-            f"discovery at {address} is reached over a network, which takes the cluster's key; give --cluster-key FILE, the client_key of "
-            "`quire key new` or of the controller's run folder",
-            reason="NO_CLUSTER_KEY",
-        )
-    credentials = grpc.ssl_channel_credentials(
-        certificates["server_certificate"].encode(), certificates["client_key"].encode(), certificates["client_certificate"].encode()
-    )
-    return grpc.aio.secure_channel(address, credentials, options=(*options, ("grpc.ssl_target_name_override", CLUSTER_NAME)))
 
 
 def is_local(address: str) -> bool:

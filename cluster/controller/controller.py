@@ -18,7 +18,14 @@ import zmq.asyncio
 
 from quire.cluster.controller.cluster_admin import ClusterAdmin
 from quire.cluster.controller.desired_state import DesiredState, drop_state, load_state, save_state
-from quire.cluster.controller.discovery import Discovery, TokenizerFile, group_message, served_model, tokenizer_files
+from quire.cluster.controller.discovery import (
+    Discovery,
+    TokenizerFile,
+    group_message,
+    served_model,
+    server_credentials,
+    tokenizer_files,
+)
 from quire.cluster.controller.groups import (
     MAX_RESTARTS_IN_A_ROW,
     STEADY_S,
@@ -43,7 +50,7 @@ from quire.cluster.controller.scheduler_actor import find_scheduler, start_sched
 from quire.cluster.scheduler.process import CONTROLLER_IDENTITY, ProcessConfig
 from quire.cluster.scheduler.scheduler import SchedulerConfig
 from quire.common.clock import monotonic
-from quire.common.cluster_tls import is_loopback, server_credentials
+from quire.common.cluster_tls import is_loopback
 from quire.common.config import DEFAULT_METRICS_LISTEN, ModelPlan, ServeConfig
 from quire.common.curve import CurveKeys, keys_for, secure_client
 from quire.common.errors import ConfigError, Unavailable

@@ -34,6 +34,12 @@ _SAMPLING_DEFAULTS: Final[Mapping[str, type]] = {
 }
 
 
+def server_credentials(certificates: dict[str, str]) -> grpc.ServerCredentials:
+    """For who answers: only those who hold the client's certificate get through."""
+    pair = certificates["server_key"].encode(), certificates["server_certificate"].encode()
+    return grpc.ssl_server_credentials([pair], certificates["client_certificate"].encode(), require_client_auth=True)
+
+
 class ControllerView(Protocol):
     """What discovery needs of the controller."""
 

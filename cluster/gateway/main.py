@@ -17,6 +17,7 @@ from quire.cluster.gateway.access import Access
 from quire.cluster.gateway.call_gate import MAX_CALLS, CallGate
 from quire.cluster.gateway.cluster_service import ClusterService
 from quire.cluster.gateway.discovery import DiscoveryWatcher, RoutingTable
+from quire.cluster.gateway.discovery_channel import discovery_channel
 from quire.cluster.gateway.error_place import place_of
 from quire.cluster.gateway.generation import FINISH_TIMEOUT_S
 from quire.cluster.gateway.health_service import MAX_WATCHERS, OVERALL, HealthService
@@ -42,7 +43,6 @@ from quire.cluster.gateway.tls import Certificates, TlsFiles
 from quire.cluster.gateway.tokens import TokenFile
 from quire.cluster.gateway.tracing import Tracing
 from quire.common.child_process import enter_child
-from quire.common.cluster_tls import discovery_channel
 from quire.common.config import MAX_REQUEST_BYTES
 from quire.common.curve import CurveKeys
 from quire.common.errors import ConfigError, QuireError

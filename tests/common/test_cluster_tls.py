@@ -10,7 +10,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from quire.common.cluster_tls import discovery_channel, is_local, new_certificates, server_credentials
+from quire.cluster.controller.discovery import server_credentials
+from quire.cluster.gateway.discovery_channel import discovery_channel
+from quire.common.cluster_tls import is_local, new_certificates
 from quire.common.curve import CLIENT_KEY, CLUSTER_KEY, CurveKeys
 from quire.common.errors import ConfigError
 

@@ -7,14 +7,14 @@ from typing import Final
 
 import pytest
 from serving import ServeProcess, wait_for
-from streams import Streams
+from streams import Streams, undisturbed
 
 from quire.client import Client, Group, Unavailable
 
 pytestmark = pytest.mark.chaos
 
-NUM_STREAMS: Final = 16
-NUM_TOKENS: Final = 100
+NUM_STREAMS: Final = 64
+NUM_TOKENS: Final = 60
 TIMEOUT_S: Final = 60.0
 MODEL: Final = "quire-tales"
 CONTROLLER: Final = "ray::_Controller"
@@ -34,7 +34,7 @@ class Cluster:
         self.serve = serve
         self.client = client
         self.address = address
-        self.expected = self.streams().wait()
+        self.expected = undisturbed(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
 
     def streams(self) -> Streams:
         return Streams(self.address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)

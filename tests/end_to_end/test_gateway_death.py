@@ -18,7 +18,7 @@ from quire.v1.inference_pb2_grpc import InferenceServiceStub
 pytestmark = pytest.mark.chaos
 
 GATEWAY = "quire.cluster.gateway.main"
-NUM_STREAMS = 24
+NUM_STREAMS = 64
 NUM_TOKENS = 60
 TIMEOUT_S = 120.0
 

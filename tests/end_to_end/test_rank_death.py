@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from serving import ServeProcess, wait_for
-from streams import TIMEOUT_S, Streams, request
+from streams import TIMEOUT_S, Streams, request, undisturbed
 
 from quire.client import Client
 
 pytestmark = pytest.mark.chaos
 
-NUM_STREAMS = 16
+NUM_STREAMS = 64
 NUM_TOKENS = 60
 RANK = "quire.worker.rank_process"
 SCHEDULER = "quire.cluster.scheduler.process"
@@ -51,8 +51,7 @@ TWO_GROUPS = ("--groups", "2")
 def test_streams_survive_the_death_of_a_rank(tmp_path: Path, signals: Sequence[signal.Signals], arguments: Sequence[str]) -> None:
     with ServeProcess(tmp_path, *arguments) as serve:
         address = serve.wait_ready()
-        expected = all_streams(address).wait()
-        assert all(len(token_ids) == NUM_TOKENS for token_ids in expected)
+        expected = undisturbed(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
         streams = all_streams(address)
         for times, number in enumerate(signals):
             wanted = (2 * times + 1) * NUM_STREAMS * NUM_TOKENS // 5
@@ -73,7 +72,7 @@ def test_streams_survive_the_death_of_a_rank(tmp_path: Path, signals: Sequence[s
 def test_streams_survive_the_death_of_the_scheduler(tmp_path: Path, arguments: Sequence[str], number: signal.Signals) -> None:
     with ServeProcess(tmp_path, *arguments) as serve:
         address = serve.wait_ready()
-        expected = all_streams(address).wait()
+        expected = undisturbed(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
         streams = all_streams(address)
         wait_for(lambda: streams.num_tokens >= NUM_STREAMS * NUM_TOKENS // 4, timeout_s=TIMEOUT_S)
         os.kill(serve.process_of(SCHEDULER), number)

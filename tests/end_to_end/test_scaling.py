@@ -11,7 +11,7 @@ from streams import Streams
 
 from quire.client import Client, ConfigError, NotFound
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.slow
 
 NUM_STREAMS = 16
 NUM_TOKENS = 200

@@ -14,21 +14,21 @@ import pytest
 from lasting_ray import REDIS_PASSWORD
 from ray_program import RayProgram, gateway
 from serving import ServeProcess, wait_for
-from streams import Streams
+from streams import Streams, undisturbed
 
 from quire.client import Client
 
 pytestmark = pytest.mark.chaos
 
-NUM_STREAMS: Final = 16
-NUM_TOKENS: Final = 100
+NUM_STREAMS: Final = 64
+NUM_TOKENS: Final = 60
 TIMEOUT_S: Final = 60.0
 
 
 def test_streams_end_well_before_a_local_cluster_without_its_store_ends(tmp_path: Path) -> None:
     with ServeProcess(tmp_path) as serve:
         address = serve.wait_ready()
-        expected = Streams(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS).wait()
+        expected = undisturbed(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
         streams = Streams(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
         wait_for(lambda: streams.num_tokens >= streams.num_wanted // 10, timeout_s=TIMEOUT_S)
         os.kill(serve.process_with("gcs_server "), signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_a_store_in_redis_may_die_and_take_its_time_to_come_back(tmp_path: Path)
     with redis(tmp_path) as port, RayProgram("lasting_ray.py", str(port)) as ray:
         controller, discovery = ray.start(tmp_path, "--groups", "2")
         with gateway(discovery, tmp_path) as address, Client(address) as client:
-            expected = Streams(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS).wait()
+            expected = undisturbed(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
             streams = Streams(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
             wait_for(lambda: streams.num_tokens >= streams.num_wanted // 10, timeout_s=TIMEOUT_S)
             ray.ask("kill store")

@@ -10,7 +10,7 @@ from serving import ServeProcess, wait_for
 
 from quire.client import AsyncClient, Client
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.slow
 
 NUM_STREAMS = 64
 NUM_TOKENS = 40
