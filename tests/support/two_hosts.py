@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,15 +23,28 @@ READY_TIMEOUT_S: Final = 120.0
 _TAG: Final = "QUIRE_TEST_TAG"
 # What Ray's daemons need to be told so that they do without much memory.
 _OBJECT_STORE_BYTES: Final = 80 * 2**20
+_RAY: Final = str(Path(sys.executable).with_name("ray"))
+_RAY_FLAGS: Final = ("--disable-usage-stats", "--block")
 
 
 class TwoHosts:
-    """The head in this namespace and a worker in its own, with `num_cpus` of Ray's CPUs each. All of it ends with the `with`.
+    """The head in this namespace and a worker in its own. All of it ends with the `with`.
 
     Needs root, and Debian's iproute2.
     """
 
-    def __init__(self, *, num_cpus: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_cpus: int = 0,
+        head_flags: Sequence[str] = (),
+        worker_flags: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        num_cpus: Ray's CPUs of each host
+        head_flags, worker_flags: of `ray start` instead, without addresses
+        """
         self.folder = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: paths of sockets are
         self.tag = uuid.uuid4().hex
         name = self.tag[:6]
@@ -46,8 +60,11 @@ class TwoHosts:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_memory_monitor_refresh_ms": "0",
             "TMPDIR": str(self.folder),
+            **(environ or {}),
         }
-        self._num_cpus = num_cpus
+        own = ["--num-cpus", str(num_cpus), "--num-gpus", "0", "--object-store-memory", str(_OBJECT_STORE_BYTES)]
+        self._head_flags, self._worker_flags = list(head_flags or own), list(worker_flags or own)
+        self._num_workers = 0
         self._keys = self.folder / "keys"
         self._keys.mkdir()
         CurveKeys.of_hosts().put_into(self._keys)
@@ -82,7 +99,7 @@ class TwoHosts:
         command = [sys.executable, "-P", "-m", "quire.cli.main", "controller", "--ray-address", self.ray_address]
         command += ["--discovery-listen", f"{self.head_ip}:0", "--scheduler-listen", f"{self.head_ip}:0", "--ready-file", str(ready)]
         command += ["--cluster-key", str(self._keys / "cluster_key")]
-        process = self._spawn([*command, *arguments], output_path, folder)
+        process = self.spawn([*command, *arguments], output_path, folder)
         wait_for(lambda: ready.exists() or process.poll() is not None, timeout_s=READY_TIMEOUT_S)
         assert process.poll() is None, output_path.read_text()
         found = json.loads(ready.read_text())
@@ -96,7 +113,7 @@ class TwoHosts:
         host = self.worker_ip if on_worker else self.head_ip
         command = [sys.executable, "-P", "-m", "quire.cli.main", "gateway", "--discovery", found["address"], "--insecure"]
         command += ["--cluster-key", str(self._keys / "client_key"), "--listen", f"{host}:0", "--ready-file", str(ready)]
-        process = self._spawn(self.on_worker(*command) if on_worker else command, output_path, folder)
+        process = self.spawn(self.on_worker(*command) if on_worker else command, output_path, folder)
         wait_for(lambda: ready.exists() or process.poll() is not None, timeout_s=READY_TIMEOUT_S)
         assert process.poll() is None, output_path.read_text()
         return str(json.loads(ready.read_text())["address"])
@@ -137,17 +154,21 @@ class TwoHosts:
 
     def _start_ray(self) -> int:
         """Start Ray on both hosts; the port of its store."""
-        ray = str(Path(sys.executable).with_name("ray"))
-        common = ["--num-cpus", str(self._num_cpus), "--num-gpus", "0", "--object-store-memory", str(_OBJECT_STORE_BYTES)]
-        common += ["--disable-usage-stats", "--block"]
-        head = [ray, "start", "--head", "--port", "0", "--node-ip-address", self.head_ip, "--include-dashboard", "false", *common]
-        self._spawn([*head, "--temp-dir", str(self.folder / "ray")], self.folder / "head.log", self.folder)
+        head = [_RAY, "start", "--head", "--port", "0", "--node-ip-address", self.head_ip, "--include-dashboard", "false", *_RAY_FLAGS]
+        self.spawn([*head, *self._head_flags, "--temp-dir", str(self.folder / "ray")], self.folder / "head.log", self.folder)
         port_file = self.folder / "port"
         wait_for(lambda: self._find_port(port_file), timeout_s=READY_TIMEOUT_S)
         port = int(port_file.read_text())
-        worker = self.on_worker(ray, "start", "--address", f"{self.head_ip}:{port}", "--node-ip-address", self.worker_ip, *common)
-        self._spawn([*worker, "--temp-dir", str(self.folder / "ray2")], self.folder / "worker.log", self.folder)
+        self.start_worker(f"{self.head_ip}:{port}")
         return port
+
+    def start_worker(self, ray_address: str) -> "subprocess.Popen[bytes]":
+        """One more node of Ray on the second host; its `ray start`, which ends it at SIGTERM."""
+        self._num_workers += 1
+        name = f"worker{self._num_workers}"
+        where = ["--address", ray_address, "--node-ip-address", self.worker_ip, "--temp-dir", str(self.folder / name)]
+        command = self.on_worker(_RAY, "start", *where, *_RAY_FLAGS, *self._worker_flags)
+        return self.spawn(command, self.folder / f"{name}.log", self.folder)
 
     def _find_port(self, port_file: Path) -> bool:
         """Ray says its address only in its output."""
@@ -157,7 +178,8 @@ class TwoHosts:
             port_file.write_text(rest.partition("'")[0])
         return bool(found)
 
-    def _spawn(self, command: list[str], output_path: Path, folder: Path) -> "subprocess.Popen[bytes]":
+    def spawn(self, command: list[str], output_path: Path, folder: Path, **environ: str) -> "subprocess.Popen[bytes]":
+        """Start a program, which ends with the rest. environ: more variables"""
         with output_path.open("wb") as output:
             process = subprocess.Popen(
                 command,
@@ -165,7 +187,7 @@ class TwoHosts:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=self.environ,
+                env={**self.environ, **environ},
                 start_new_session=True,
             )
         self._processes.append(process)
