@@ -190,7 +190,7 @@ def test_groups_get_the_pods_that_they_fill() -> None:
     assert pods("hub") == (1, 1, "1", "0")
     assert pods("gpu") == (2, 1, "1", "1")
     assert pods("several-groups-per-pod") == (2, 1, "4", "4")
-    assert pods("multi-host") == (2, 2, "8", "8")
+    assert pods("multi-host") == (2, 2, "8", "0")
 
 
 def test_a_pod_asks_for_its_gpus_and_keeps_its_other_resources() -> None:

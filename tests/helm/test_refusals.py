@@ -43,6 +43,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no device": (model(config={"dtype": "bfloat16"}), "device"),
     "a block size that is no power of two": (model(config={"device": "cuda", "block_size": 24}), "block_size"),
     "memory that is none": (model(config={"device": "cuda", "kv_cache_memory": "lots"}), "kv_cache_memory"),
+    "GPUs of a group on several hosts": (
+        model(config={"device": "cuda", "tensor_parallel_size": 4}, workers=workers(ranksPerHost=2)),
+        "has 4 GPUs in pods of workers.ranksPerHost 2, but GPUs of a group must be of one host",
+    ),
     "ranks that do not fill pods": (
         model(config={"device": "cuda", "tensor_parallel_size": 3}, workers=workers(ranksPerHost=2)),
         "make tensor_parallel_size a multiple of ranksPerHost",

@@ -11,7 +11,7 @@ import torch
 def test_kernels_are_right_when_interpreted() -> None:
     """The tests marked `kernel`, in a process of its own: Triton reads the variable when a kernel is defined."""
     folder = Path(__file__).parent
-    folders = [folder, folder.parent / "worker/test_kernel_attention.py"]
+    folders = [folder, folder.parent / "worker/test_kernel_attention.py", folder.parent / "worker/test_peer_sums.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel", "-p", "no:cacheprovider", *map(str, folders)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
@@ -21,7 +21,7 @@ def test_kernels_are_right_when_interpreted() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-8000:]

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from plan_driver import PlanDriver
 from torch import Tensor
 
+from quire.common.model_folder import read_model_folder
 from quire.kernels.all_reduce import MAX_PROGRAMS, Peers, all_gather, all_reduce, sum_norm
+from quire.worker.collectives_cuda import NUM_AREAS, CudaCollective
+from quire.worker.kv_cache import KvCache
+from quire.worker.models.load_model import load_llama_model
+from quire.worker.runner import Runner
 
 SLOT_BYTES = 65536
 _TIMEOUT_S = 60.0
@@ -91,3 +98,32 @@ def _run(folder: str, function: Callable[..., Any], rank: int, size: int, argume
     meetings = torch.full((MAX_PROGRAMS,), num_meetings, dtype=torch.int32)
     peers = Peers(rank, size, flags, flags + 4 * size * MAX_PROGRAMS, meetings)
     torch.save(function(peers, *arguments), f"{folder}/{rank}.result")
+
+
+class HostPeers(CudaCollective):
+    """A CudaCollective without GPUs: its peer memory is shared host memory, and its kernels are interpreted."""
+
+    def __init__(self, peers: Peers, *, area_bytes: int) -> None:
+        self.rank, self.size = peers.rank, peers.size
+        self._has_nccl = False
+        self._area_bytes = area_bytes
+        self._peers = peers
+        self._area = own_area(peers, NUM_AREAS * area_bytes)
+
+    def gather_columns(self, part: Tensor, widths: Sequence[int]) -> Tensor:
+        padded = F.pad(part, (0, max(widths) - part.shape[-1])).contiguous()
+        gathered = torch.empty((self.size, *padded.shape), dtype=part.dtype)
+        all_gather(self._peers, padded, gathered, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
+        return torch.cat([each[..., :width] for each, width in zip(gathered, widths, strict=True)], dim=-1)
+
+
+def draw_by_native_model(peers: Peers, path: str, prompts: list[list[int]], num_tokens: int, area_bytes: int) -> list[list[int]]:
+    """What a group of native ranks draws."""
+    folder = read_model_folder(Path(path))
+    model = load_llama_model(folder, dtype="float32", device="cpu", collective=HostPeers(peers, area_bytes=area_bytes))
+    kv_cache = KvCache(
+        num_blocks=64, num_layers=folder.num_layers, num_kv_heads=model.num_kv_heads, block_size=4, head_dim=folder.head_dim,
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    runner = Runner(model, kv_cache, rank=peers.rank, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu")
+    return PlanDriver(runner).generate(prompts, num_tokens=num_tokens, chunk=5, stagger=1)

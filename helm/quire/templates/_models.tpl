@@ -33,6 +33,9 @@
 {{- if and (lt $ranks $perHost) (mod $perHost $ranks) -}}
 {{- fail (printf "models: a pod of %s has workers.ranksPerHost %d, which is no multiple of the %d ranks of a group; some would stay unused" .name $perHost $ranks) -}}
 {{- end -}}
+{{- if and (gt $ranks $perHost) (eq .config.device "cuda") -}}
+{{- fail (printf "models: a group of %s has %d GPUs in pods of workers.ranksPerHost %d, but GPUs of a group must be of one host; make ranksPerHost %d, on nodes with as many GPUs, or tensor_parallel_size smaller" .name $ranks $perHost $ranks) -}}
+{{- end -}}
 {{- max 1 (div $ranks $perHost) -}}
 {{- end -}}
 

@@ -1,0 +1,42 @@
+"""Native ranks that sum through peer memory, as processes with interpreted kernels: the same tokens as one rank alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from native_models import NATIVE_MODELS
+from peer_ranks import draw_by_native_model, run_ranks
+from plan_driver import PlanDriver
+from tiny_models import save_tiny_model
+
+from quire.common.model_folder import read_model_folder
+from quire.kernels.backend import IS_INTERPRETED
+from quire.worker.collectives_cuda import NUM_AREAS
+from quire.worker.kv_cache import KvCache
+from quire.worker.models.load_model import load_llama_model
+from quire.worker.runner import Runner
+
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not IS_INTERPRETED, reason="tests/kernels/test_interpreted.py runs these")]
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+NUM_TOKENS = 4
+AREA_BYTES = 64 * 1024
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("qwen3", 2), ("qwen2", 4)])
+def test_ranks_draw_what_one_rank_draws(tmp_path: Path, name: str, size: int) -> None:
+    family, config = NATIVE_MODELS[name]
+    path = save_tiny_model(tmp_path, family, **config)
+    folder = read_model_folder(path)
+    model = load_llama_model(folder, dtype="float32", device="cpu")
+    kv_cache = KvCache(
+        num_blocks=64, num_layers=folder.num_layers, num_kv_heads=folder.num_kv_heads, block_size=4, head_dim=folder.head_dim,
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    with torch.inference_mode():
+        runner = Runner(model, kv_cache, rank=0, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu")
+        expected = PlanDriver(runner).generate(PROMPTS, num_tokens=NUM_TOKENS, chunk=5, stagger=1)
+    arguments: tuple[Any, ...] = (str(path), PROMPTS, NUM_TOKENS, AREA_BYTES)
+    of_ranks = run_ranks(draw_by_native_model, size, *arguments, area_bytes=(NUM_AREAS + 2) * AREA_BYTES)
+    assert of_ranks == [expected] * size
