@@ -11,9 +11,7 @@ from quire.kernels.rms_norm import rms_norm_reference
 
 pytestmark = [
     pytest.mark.kernel,
-    pytest.mark.skipif(
-        not IS_INTERPRETED, reason="test_interpreted.py runs these"
-    ),
+    pytest.mark.skipif(not IS_INTERPRETED, reason="test_interpreted.py runs these"),
 ]
 
 
