@@ -142,7 +142,8 @@ def _sum_norm_kernel(
         for rank in tl.static_range(SIZE):
             partial = tl.multiple_of((tl.load(areas + rank) + area).to(tl.pointer_type(dtype)), 16)
             place = partial + token * WIDTH + column
-            # ".cv": what another rank wrote is never taken from this multiprocessor's own cache.
+            # ".cv": what another rank wrote is never taken from this multiprocessor's own cache. Triton 3.6 leaves it out, where the
+            # meeting's acquire alone has emptied that cache.
             numbers += tl.load(place, mask=is_column, other=0.0, cache_modifier=".cv").to(tl.float32)
         numbers = numbers.to(dtype).to(tl.float32)
         stream = residual + token * residual_stride + column
