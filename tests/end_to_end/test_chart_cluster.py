@@ -4,6 +4,7 @@ command lines, keys, test hook and first request, on a real Ray of a head and wo
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,10 @@ def test_a_release_is_installed_scaled_and_loses_a_node(tmp_path: Path) -> None:
         done = pods.hook()
         assert (done.returncode, done.stderr) == (0, ""), "helm test"
         assert done.stdout.strip(), "one token"
+        (first_request,) = re.findall(r"quire (generate --address .+)", rendered.notes)
+        done = quire(*shlex.split(re.sub(r"localhost:\d+", pods.address, first_request)))
+        assert (done.returncode, done.stderr) == (0, ""), "the command that Helm prints"
+        assert len(done.stdout.split()) > 10
         with Client(pods.address) as client:
             expected = client.generate(PROMPT, max_tokens=300, ignore_eos=True, temperature=0).token_ids
             (first,) = client.cluster.groups()

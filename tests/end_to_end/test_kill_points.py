@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 from serving import ServeProcess, wait_for
-from streams import Streams, undisturbed
+from streams import Streams, are_known, undisturbed
 
 from quire.client import Client
 
@@ -24,12 +24,17 @@ POINTS: Final = (("prefill", 3), ("decode", 10), ("swap_out", 3), ("swap_in", 3)
 
 @pytest.mark.parametrize("arguments", [("--groups", "2"), ("--tensor-parallel-size", "2")], ids=["two groups", "two ranks"])
 def test_a_rank_may_die_at_any_point_of_its_work(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    if not are_known(num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS):
+        large = tmp_path / "large"
+        large.mkdir()
+        with ServeProcess(large) as serve:
+            undisturbed(serve.wait_ready(), num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
     fault = tmp_path / "fault"
     environ = {"RANK_FAULT_FILE": str(fault), "PYTHONPATH": f"{FAULTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     settings = (*arguments, "--gpu-blocks", str(NUM_BLOCKS), "--preemption", "swap")
     with ServeProcess(tmp_path, *settings, environ=environ) as serve, Client(serve.wait_ready()) as client:
         address = serve.wait_ready()
-        # Without deaths these streams are preempted too: tests/end_to_end/test_two_groups.py holds them against a large pool.
+        # Of a pool that holds all of them: here they would be preempted even without deaths.
         expected = undisturbed(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
         for num_deaths, (kind, number) in enumerate(POINTS, start=1):
             fault.write_text(f"{kind} {number}")

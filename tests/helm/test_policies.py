@@ -196,6 +196,14 @@ def test_groups_get_the_pods_that_they_fill() -> None:
 def test_a_pod_asks_for_its_gpus_and_keeps_its_other_resources() -> None:
     worker = pod_templates(render(CASES["gpu"]))["worker"]["spec"]["containers"][0]
     assert worker["resources"] == {"requests": {"cpu": "8", "memory": "48Gi"}, "limits": {"memory": "48Gi", "nvidia.com/gpu": 1}}
+    worker = pod_templates(render(CASES["several-groups-per-pod"]))["worker"]["spec"]["containers"][0]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == 4, "of two groups of two"
+    (model,) = CASES["gpu"]["models"]
+    split = {**model, "config": {"device": "cuda", "tensor_parallel_size": 4}, "workers": {**model["workers"], "ranksPerHost": 4}}
+    rendered = render(CASES["gpu"] | {"models": [split]})
+    (group,) = rendered.one("RayCluster")["spec"]["workerGroupSpecs"]
+    worker = pod_templates(rendered)["worker"]["spec"]["containers"][0]
+    assert (group["numOfHosts"], worker["resources"]["limits"]["nvidia.com/gpu"]) == (1, 4), "a group's GPUs are in one pod"
     server = pod_templates(render(CASES["gpu-standalone"]))["gateway"]["spec"]["containers"][0]
     assert server["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": 2}, "of two groups"
 

@@ -19,9 +19,14 @@ def request(index: int, num_tokens: int) -> dict[str, Any]:
 _undisturbed: list[list[int]] = []
 
 
+def are_known(*, num_streams: int, num_tokens: int) -> bool:
+    """Whether `undisturbed` has such tokens already."""
+    return len(_undisturbed) >= num_streams and len(_undisturbed[0]) >= num_tokens
+
+
 def undisturbed(address: str, *, num_streams: int, num_tokens: int) -> list[list[int]]:
     """The tokens of streams under which nothing happens: run here, unless as many as long ran anywhere before."""
-    if len(_undisturbed) < num_streams or len(_undisturbed[0]) < num_tokens:
+    if not are_known(num_streams=num_streams, num_tokens=num_tokens):
         _undisturbed[:] = Streams(address, num_streams=num_streams, num_tokens=num_tokens).wait()
         assert all(len(token_ids) == num_tokens for token_ids in _undisturbed)
     return [token_ids[:num_tokens] for token_ids in _undisturbed[:num_streams]]
