@@ -132,6 +132,13 @@ def all_agree(collective: Collective | None, is_true: bool) -> bool:
     return not bool(objections[0])
 
 
+def least(collective: Collective | None, number: int) -> int:
+    """The smallest number that any rank says."""
+    if collective is None:
+        return number
+    return int(collective.gather_columns(torch.tensor([float(number)], dtype=torch.float64), [1] * collective.size).min())
+
+
 def _memory_domain() -> str:
     with suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"

@@ -86,7 +86,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
     torch.set_num_threads(spec.num_threads)
     torch.set_grad_enabled(False)
     end_phase("torch")
-    from quire.worker.collectives import Collective, connect, connect_hosts
+    from quire.worker.collectives import Collective, connect, connect_hosts, least
     from quire.worker.cuda_swap_pool import pin_slabs
     from quire.worker.graphed_steps import GraphedSteps
     from quire.worker.kv_cache import KvCache
@@ -163,7 +163,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
     if spec.device == "cuda":
         with ThreadPoolExecutor(1) as beside:
             pinning = beside.submit(pin_slabs, make_kv_cache(1), num_blocks=spec.num_cpu_blocks)
-            num_gpu_blocks = _num_gpu_blocks(spec, model, block_bytes)
+            num_gpu_blocks = least(collective, _num_gpu_blocks(spec, model, block_bytes))
             slabs = pinning.result()
     else:
         assert spec.num_gpu_blocks is not None, "a pool of free memory is for GPUs"

@@ -34,13 +34,14 @@ def measure_prefill(runner: Runner, *, max_tokens: int, collective: Collective |
     device = torch.device(runner.batch.device).type
     lengths = _LENGTHS[device]
     longest = min(max_tokens, num_blocks * block_size)
-    if longest < lengths[0]:
+    # A pool that takes what its GPU has left may be another rank's larger one.
+    if not all_agree(collective, longest >= lengths[0]):
         return ()
     _prefill(runner, lengths[0])  # the first pass pays for what is loaded lazily
     speeds = []
     started_s = time.perf_counter()
     for length in lengths:
-        if length > longest or not all_agree(collective, time.perf_counter() - started_s <= _BUDGET_S[device]):
+        if not all_agree(collective, length <= longest and time.perf_counter() - started_s <= _BUDGET_S[device]):
             break
         # The better of two: other processes of this host may take the first one's time.
         speeds.append((length, length / min(_prefill(runner, length), _prefill(runner, length))))

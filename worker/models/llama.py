@@ -183,9 +183,10 @@ class LlamaModel:
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one layer, on this rank."""
-        layer = self.weights.layers[0]
-        return sum(weight.numel() for weight in (layer.qkv, layer.output, layer.gate_up, layer.down))
+        """Weights of one layer on one rank, the smallest of them: all ranks must have graphs of the same sizes."""
+        config, num_ranks = self.config, self._share.size
+        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * config.head_dim
+        return config.hidden_size * (heads + 3 * (config.intermediate_size // num_ranks))
 
     def forward(self, inputs: StepInputs, kv_cache: KvCache, *, logits_index: Tensor) -> Tensor:
         """Compute a step's tokens: their keys and values go to the cache, the logits of some of them come back.
