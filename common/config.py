@@ -117,6 +117,10 @@ class ServeConfig:
     )
     trace_sample_ratio: float = _setting(1.0, "share of requests that are traced, from 0 to 1, where their client has not decided")
     log_level: str = _setting("info", "how much is logged", choices=("debug", "info", "warning", "error"))
+    checks_ranks: bool = _setting(
+        False,
+        "compare the ranks' block tables after every step, and start a group anew whose ranks differ; each waits for the device",
+    )
     scheduler_journal: str | None = _setting(None, "file for everything that the scheduler is told and plans, for `quire debug replay`")
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
 

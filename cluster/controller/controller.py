@@ -405,6 +405,7 @@ class _Controller:
             max_waiting_tokens=self._config.max_waiting_tokens,
             heartbeat_s=RANK_LEASE_S / 3,
             min_step_timeout_s=MIN_STEP_TIMEOUT_S[self._plan.device],
+            checks_ranks=self._config.checks_ranks,
         )
         self._metrics.scheduler_starts()
         journal = self._config.scheduler_journal

@@ -20,6 +20,7 @@ from quire.cluster.scheduler.block_pool import BlockPool
 from quire.cluster.scheduler.copies import Copy, CopyLedger
 from quire.cluster.scheduler.group_counters import GroupCounters
 from quire.cluster.scheduler.ledger import Ledger
+from quire.cluster.scheduler.rank_checks import RankChecks
 from quire.cluster.scheduler.request import LOOK_FIRST, Request, RequestState, Sequence, SequenceEnd, most_blocks, num_sequences
 from quire.cluster.scheduler.step_draft import SentPlan, StepDraft
 from quire.cluster.scheduler.step_meter import StepMeter
@@ -52,7 +53,7 @@ Charge = Callable[[Request, int], None]  # (who was served, tokens)
 class Group:
     """Plans the steps of one worker group under one term."""
 
-    def __init__(self, attach: AttachGroup, *, ageing_s: float = math.inf) -> None:
+    def __init__(self, attach: AttachGroup, *, ageing_s: float = math.inf, checks_ranks: bool = False) -> None:
         self.group_id = attach.group_id
         self.term = attach.term
         self.oldest_term = attach.oldest_term or attach.term  # of the ranks that may be its own
@@ -75,6 +76,7 @@ class Group:
         self._last_answer_s = 0.0
         self._next_step_id = 0
         self._num_acknowledged: dict[int, int] = {}  # steps, by rank
+        self._checks = RankChecks(num_ranks=attach.tensor_parallel_size) if checks_ranks else None
         self._draft = StepDraft()
         self._num_promised = 0  # blocks that held rows wait for: those that copies will leave, and available ones if these are too few
         self._build(num_gpu_blocks=0, num_cpu_blocks=0, num_rows=0)
@@ -377,7 +379,8 @@ class Group:
         due = self._num_acknowledged.get(ack.rank, 0)
         if ack.rank not in self.hellos or ack.step_id != due or due >= self._next_step_id:
             return f"rank {ack.rank} acknowledged step {ack.step_id} out of turn; expected: {due if due < self._next_step_id else 'none'}"
-        return self.copies.objection(ack.rank, (*ack.copies_done, *ack.copies_failed))
+        objection = self.copies.objection(ack.rank, (*ack.copies_done, *ack.copies_failed))
+        return objection or (self._checks.objection(ack) if self._checks is not None else "")
 
     def acknowledged(self, ack: StepAck, now_s: float) -> list[Request]:
         """Take in that a rank has done a step, to which there is no objection; the requests whose swap failed, which must be
@@ -722,7 +725,14 @@ class Group:
 
     def _send(self, draft: StepDraft, wait_copies: tuple[int, ...], now_s: float) -> StepPlan:
         remove_rows, hold_rows = self.batch.take_changes(draft)
-        plan = draft.plan(term=self.term, step_id=self._next_step_id, remove_rows=remove_rows, hold_rows=hold_rows, wait_copies=wait_copies)
+        plan = draft.plan(
+            term=self.term,
+            step_id=self._next_step_id,
+            remove_rows=remove_rows,
+            hold_rows=hold_rows,
+            wait_copies=wait_copies,
+            debug_checksum=self._checks is not None,
+        )
         self.outstanding.append(
             SentPlan(
                 step_id=plan.step_id,

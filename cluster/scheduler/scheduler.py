@@ -86,6 +86,7 @@ class SchedulerConfig:
     first_step_timeout_s: float = 60.0
     heartbeat_s: float = 5.0  # an idle group gets an empty plan this often; a third of the ranks' lease
     unserved_timeout_s: float = 60.0  # how long requests wait for a model whose last group was lost
+    checks_ranks: bool = False  # ask ranks after every step for a checksum of their block tables: a group whose ranks differ is lost
     retry_after_s: float = 1.0  # what clients are told to wait when a queue is full or no group serves
 
 
@@ -224,7 +225,7 @@ class Scheduler:
                 return
             self._drop(former, now_s)
         self._lost.pop(message.group_id, None)
-        group = self.groups[message.group_id] = Group(message, ageing_s=self.config.ageing_s)
+        group = self.groups[message.group_id] = Group(message, ageing_s=self.config.ageing_s, checks_ranks=self.config.checks_ranks)
         group.counters = self._counters.setdefault(message.group_id, GroupCounters())
         group.note = self._note
         group.charge = lambda request, num_tokens: self.queue.charge(request.submit.tenant, num_tokens)

@@ -51,7 +51,14 @@ class StepDraft:
         return bool(self.decoded or self.chunks)
 
     def plan(
-        self, *, term: int, step_id: int, remove_rows: tuple[int, ...], hold_rows: tuple[int, ...], wait_copies: tuple[int, ...]
+        self,
+        *,
+        term: int,
+        step_id: int,
+        remove_rows: tuple[int, ...],
+        hold_rows: tuple[int, ...],
+        wait_copies: tuple[int, ...],
+        debug_checksum: bool,
     ) -> StepPlan:
         return StepPlan(
             term=term,
@@ -70,4 +77,5 @@ class StepDraft:
             chunks=tuple(self.chunks),
             samples=tuple(self.samples),
             hold_rows=hold_rows,
+            debug_checksum=debug_checksum,
         )

@@ -1,6 +1,7 @@
 """Ranks that die at every point of their work, under 64 streams on pools so small that swapping never ends."""
 
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -47,3 +48,20 @@ def test_a_rank_may_die_at_any_point_of_its_work(tmp_path: Path, arguments: tupl
             assert sum(group.num_restarts for group in client.cluster.groups()) == num_deaths
             wait_for(lambda: all(blocks.gpu_blocks.num_held == 0 for blocks in client.cluster.blocks()), timeout_s=TIMEOUT_S)
             wait_for(lambda: all(blocks.cpu_blocks.num_held == 0 for blocks in client.cluster.blocks()), timeout_s=TIMEOUT_S)
+
+
+def test_ranks_that_drift_apart_end_their_term(tmp_path: Path) -> None:
+    """A rank whose table is another one computes with wrong keys from the next step on: the checks, which all tests here turn on, see
+    it before that."""
+    fault = tmp_path / "fault"
+    environ = {"RANK_FAULT_FILE": str(fault), "PYTHONPATH": f"{FAULTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with ServeProcess(tmp_path, "--tensor-parallel-size", "2", environ=environ) as serve, Client(serve.wait_ready()) as client:
+        expected = client.generate("Once upon a time", max_tokens=60, ignore_eos=True, temperature=0).token_ids
+        fault.write_text("drift 20")
+        assert client.generate("Once upon a time", max_tokens=60, ignore_eos=True, temperature=0).token_ids == expected
+        assert not fault.exists(), "no rank drifted"
+        wait_for(lambda: client.cluster.groups()[0].state == "READY", timeout_s=TIMEOUT_S)
+        (group,) = client.cluster.groups()
+        assert group.num_restarts == 1
+        logs = " ".join(path.read_text(errors="replace") for path in serve.temporary.rglob("*.log"))
+        assert re.search(r"the block tables of ranks \d and \d differ after step \d+", logs)

@@ -56,7 +56,7 @@ def run_scheduled(
     one_by_one: bool = False,
 ) -> Outcome:
     """Run requests to their ends through a scheduler with the runner's own pools; `one_by_one`: each waits for the one before."""
-    scheduler = Scheduler(SchedulerConfig("s"))
+    scheduler = Scheduler(SchedulerConfig("s", checks_ranks=True))
     cache = runner.kv_cache
     max_rows = 8
     attach = AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 1, cache.block_size, 128, max_rows, max_batched_tokens, preemption)

@@ -38,7 +38,7 @@ class ServeProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env={**os.environ, **(environ or {}), _TAG: self.tag, "TMPDIR": str(self.temporary)},
+                env={**os.environ, "QUIRE_CHECKS_RANKS": "true", **(environ or {}), _TAG: self.tag, "TMPDIR": str(self.temporary)},
             )
 
     def __enter__(self) -> Self:

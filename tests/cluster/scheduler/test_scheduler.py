@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -521,6 +522,24 @@ def test_ranks_that_do_not_agree_are_refused_by_name(changes: dict[str, object],
     (lost,) = scheduler.take_outbox().to_controller
     assert isinstance(lost, GroupLost)
     assert expected in lost.reason
+
+
+def test_ranks_whose_block_tables_differ_are_lost_by_name() -> None:
+    scheduler = Scheduler(replace(CONFIG, checks_ranks=True))
+    scheduler.attach(AttachGroup(PROTOCOL_VERSION, "g0", 1, "m", 3, 4, 100, 8, 16), 0.0)
+    for rank in range(3):
+        scheduler.rank_hello(hello(rank=rank), 0.0)
+    plans = [scheduler.groups["g0"].heartbeat(0.0) for _ in range(2)]
+    assert all(plan.debug_checksum for plan in plans)
+    scheduler.take_outbox()
+    # A rank may be a step ahead of another.
+    for step, rank, checksum in ((0, 0, 7), (1, 0, 8), (0, 1, 7), (0, 2, 7), (1, 2, 8)):
+        scheduler.ack("g0", StepAck(term=1, step_id=step, rank=rank, checksum=checksum), 0.0)
+        assert not scheduler.take_outbox().to_controller
+    scheduler.ack("g0", StepAck(term=1, step_id=1, rank=1, checksum=9), 0.0)
+    (lost,) = scheduler.take_outbox().to_controller
+    assert isinstance(lost, GroupLost)
+    assert "the block tables of ranks 0 and 1 differ after step 1: 0x00000008 and 0x00000009" in lost.reason
 
 
 @pytest.mark.parametrize("seed", range(60))

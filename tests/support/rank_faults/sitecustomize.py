@@ -5,6 +5,8 @@ of that kind, counted from when it first saw the file, takes the file away and k
 
     prefill, decode      in a step that computes chunks, or decodes alone; its keys are written, its result is not sent
     swap_out, swap_in    in the midst of a block's copy
+
+One kind kills nobody: drift, after which a rank's block table holds a wrong block.
 """
 
 import importlib.abc
@@ -58,6 +60,8 @@ def patch_steps(module: ModuleType) -> None:
         done = compute(self, chunks, decoding, *rest, **named)
         if fault.is_due("prefill" if chunks else "decode"):
             die()
+        if not chunks and len(decoding) and fault.is_due("drift"):
+            self._batch.block_tables[int(decoding[0]), 0] += 1
         return done
 
     module.EagerSteps.compute = compute_and_die
