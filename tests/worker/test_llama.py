@@ -9,7 +9,7 @@ import pytest
 import torch
 from native_models import NATIVE_MODELS
 from plan_driver import PlanDriver
-from thread_ranks import ThreadRanks
+from thread_ranks import ThreadRanks, load_parts
 from tiny_families import SIZES
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
@@ -22,6 +22,7 @@ from quire.worker.kv_cache import KvCache
 from quire.worker.models.llama import LlamaModel, LlamaShare, read_llama_config
 from quire.worker.models.llama_weights import empty_weights, fill_at_random
 from quire.worker.models.load_model import load_llama_model
+from quire.worker.models.transformers_model import load_transformers_model
 from quire.worker.runner import Runner
 
 VOCAB_SIZE = SIZES["vocab_size"]
@@ -151,3 +152,25 @@ def test_random_weights_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     assert torch.equal(first.layers[1].down, second.layers[1].down)
     assert 0.015 < float(first.head.std()) < 0.025
     assert torch.equal(first.final_norm, torch.ones(64))
+
+
+def test_eight_ranks_share_four_kv_heads(tmp_path: Path) -> None:
+    """Each KV head is held by two ranks, by our modules and by transformers' own."""
+    sizes = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    path = save_tiny_model(tmp_path, "llama", seed=3, **sizes)
+    prompts = prompts_of(1, 7, 33)
+    expected = continued(path, prompts)
+    parts = read_model_folder(path)
+    ranks = ThreadRanks(8)
+
+    def generate(collective: Collective) -> list[list[int]]:
+        model = load_llama_model(parts, dtype="float32", device="cpu", collective=collective)
+        assert (model.num_heads, model.num_kv_heads) == (1, 1)
+        return PlanDriver(runner_of(model)).generate(prompts, num_tokens=NUM_TOKENS, chunk=7, stagger=1)
+
+    assert ranks.run(generate) == [expected] * 8
+    token_ids = torch.tensor(prompts[2])
+    whole = load_transformers_model(parts, dtype="float32", device="cpu").own_logits(token_ids)
+    split = load_parts(parts, ranks)
+    for logits in ranks.run(lambda collective: split[collective.rank].own_logits(token_ids)):
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
