@@ -131,14 +131,10 @@ class Engine:
 
     def begin(self, requests: Sequence[Request]) -> RunMeter:
         """Submit all requests at once; `read_until` then takes in what follows."""
-        self._num_runs += 1
-        submits = [self._submit(number, request) for number, request in enumerate(requests)]
-        frames = [encode(submit) for submit in submits]
-        self._meter = RunMeter([submit.request_id for submit in submits])
-        self._start_s = time.perf_counter()
+        meter, frames = self._new_run(requests)
         for frame in frames:
             self._gateway.send(frame)
-        return self._meter
+        return meter
 
     def run_load(self, requests: Sequence[Request], *, concurrency: int | None = None, arrivals_s: Sequence[float] = ()) -> RunMeter:
         """Submit requests as a load does, and wait until each has ended.
@@ -150,11 +146,7 @@ class Engine:
             InternalError: as `run`.
         """
         assert (concurrency is None) == bool(arrivals_s), "one loop is closed, the other has arrivals"
-        self._num_runs += 1
-        submits = [self._submit(number, request) for number, request in enumerate(requests)]
-        frames = [encode(submit) for submit in submits]
-        meter = self._meter = RunMeter([submit.request_id for submit in submits])
-        self._start_s = time.perf_counter()
+        meter, frames = self._new_run(requests)
         num_sent = 0
         while meter.num_unfinished:
             now_s = time.perf_counter() - self._start_s
@@ -168,6 +160,15 @@ class Engine:
             wait_s = None if concurrency is not None or num_sent == len(requests) else arrivals_s[num_sent] - now_s
             self._read(wait_s=wait_s)
         return meter
+
+    def _new_run(self, requests: Sequence[Request]) -> tuple[RunMeter, list[bytes]]:
+        """A meter of requests, which are ready to be sent; its time begins now."""
+        self._num_runs += 1
+        submits = [self._submit(number, request) for number, request in enumerate(requests)]
+        frames = [encode(submit) for submit in submits]
+        meter = self._meter = RunMeter([submit.request_id for submit in submits])
+        self._start_s = time.perf_counter()
+        return meter, frames
 
     def read_until(self, is_done: Callable[[], bool]) -> None:
         """Take in messages until `is_done` says so. Those of requests that began before the last `begin` are not counted."""

@@ -6,8 +6,8 @@ theirs are in its own. What a rank wrote before the launch, or a program before 
 numbers go up by one with each meeting of a program, and wrap around.
 
 Nobody waits a second time, for the end of the reading. Instead what is read now is not written again before one more
-meeting: whoever comes to that has ended this launch. Partial sums have two areas, which take turns; what programs write themselves
-has two slots, by the meeting's number.
+meeting: whoever comes to that has ended this launch. Partial sums have areas that take turns; what programs write themselves has two
+slots, by the meeting's number.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def sum_norm(
 
 
 def _max_programs(device: torch.device, *, num_warps: int) -> int:
-    """Two programs' worth of warps per multiprocessor, all of which are resident."""
+    """So many that all are resident: 32 warps of them per multiprocessor."""
     return min(MAX_PROGRAMS, num_multiprocessors(device) * max(1, 32 // num_warps))
 
 

@@ -76,7 +76,7 @@ class CudaCollective(GlooCollective):
     def close(self) -> None:
         if self._has_nccl:
             # Ending it in order waits for ranks that may be gone.
-            dist.group.WORLD._get_backend(torch.device("cuda")).abort()  # type: ignore[union-attr]
+            dist.group.WORLD._get_backend(torch.device("cuda")).abort()  # type: ignore[union-attr]  # no public abort
         super().close()
 
     # -- sums of a layer's partial results ----------------------------------------------------------------------------

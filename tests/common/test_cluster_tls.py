@@ -21,7 +21,7 @@ CALL_TIMEOUT_S = 5.0
 HOST = "0.0.0.0"
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its stubs have no types
     async def Check(self, request: Any, context: Any) -> health_pb2.HealthCheckResponse:
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 

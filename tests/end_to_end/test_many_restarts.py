@@ -70,7 +70,7 @@ def test_fifty_deaths_leave_nothing_behind(tmp_path: Path) -> None:
             os.kill(killed.ranks[0].pid, signal.SIGKILL)
             client.cluster.restart(group_id=restarted.group_id)
             assert streams.wait() == expected
-            wait_for(lambda count=count: _have_restarted(groups(), count), timeout_s=TIMEOUT_S)  # type: ignore[misc]
+            wait_for(lambda count=count: _have_restarted(groups(), count), timeout_s=TIMEOUT_S)  # type: ignore[misc]  # mypy cannot infer a default
             if count == NUM_WARM_UP:
                 early, early_shared, early_count = survivors(), shared_memory(), len(serve.processes())
         late = survivors()

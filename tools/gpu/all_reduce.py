@@ -55,7 +55,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from quire.worker.collectives_cuda import CudaCollective
 
     size = arguments.ranks
-    store = dist.FileStore(arguments.store, size)  # type: ignore[attr-defined]
+    store = dist.FileStore(arguments.store, size)  # type: ignore[attr-defined]  # torch's stubs lack it
     most_bytes = max(NUM_TOKENS) * max(WIDTHS) * 2
     collective = CudaCollective(store, rank=arguments.rank, size=size, timeout_s=60.0, partial_bytes=most_bytes)
     nccl = dist.new_group(backend="nccl")
@@ -103,12 +103,12 @@ def measure(arguments: argparse.Namespace) -> None:
         assert torch.equal(collective.all_gather(part), parts), num_bytes
         scratch = torch.zeros_like(part)
         row = {"what": "all_reduce", "bytes": num_bytes}
-        row["quire_us"] = timed(lambda turn: collective.all_reduce(scratch))  # noqa: B023
-        row["nccl_us"] = timed(lambda turn: dist.all_reduce(scratch, group=nccl))  # noqa: B023
+        row["quire_us"] = timed(lambda turn: collective.all_reduce(scratch))  # noqa: B023  # called at once
+        row["nccl_us"] = timed(lambda turn: dist.all_reduce(scratch, group=nccl))  # noqa: B023  # called at once
         add(row)
         row = {"what": "all_gather", "bytes": num_bytes}
-        row["quire_us"] = timed(lambda turn: collective.all_gather(part))  # noqa: B023
-        row["nccl_us"] = timed(lambda turn: dist.all_gather_into_tensor(parts.view(-1), part, group=nccl))  # noqa: B023
+        row["quire_us"] = timed(lambda turn: collective.all_gather(part))  # noqa: B023  # called at once
+        row["nccl_us"] = timed(lambda turn: dist.all_gather_into_tensor(parts.view(-1), part, group=nccl))  # noqa: B023  # called at once
         add(row)
     for width in WIDTHS:
         weight = torch.randn(width, generator=torch.Generator("cuda").manual_seed(99), device="cuda").bfloat16()
@@ -131,12 +131,12 @@ def measure(arguments: argparse.Namespace) -> None:
             residual.zero_()
 
             def fused(turn: int) -> None:
-                collective.sum_norm(turn % 2, weight, residual=residual, eps=1e-5, output=output)  # noqa: B023
+                collective.sum_norm(turn % 2, weight, residual=residual, eps=1e-5, output=output)  # noqa: B023  # called at once
 
             def apart(turn: int) -> None:
-                rows = collective.partial(turn % 2, *shape, torch.bfloat16)  # noqa: B023
+                rows = collective.partial(turn % 2, *shape, torch.bfloat16)  # noqa: B023  # called at once
                 dist.all_reduce(rows, group=nccl)
-                rms_norm(rows, weight, eps=1e-5, residual=residual, output=output)  # noqa: B023
+                rms_norm(rows, weight, eps=1e-5, residual=residual, output=output)  # noqa: B023  # called at once
 
             for index in range(2):
                 collective.partial(index, *shape, torch.bfloat16).zero_()

@@ -271,7 +271,6 @@ class LlamaModel:
     ) -> Tensor:
         """The same for a single token, whose products take norms, gates and sums in on their way."""
         config, dim = self.config, self.config.head_dim
-        scratch = torch.empty_like(residual)
         for index, layer in enumerate(self.weights.layers):
             qkv = self._row_product(residual, layer.qkv, norm=layer.input_norm).view(1, -1, dim)
             query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
@@ -290,9 +289,9 @@ class LlamaModel:
                 output=query,
             )
             attended = attend(query, key, value, cache).view(1, -1)
-            self._add_row_product(_ATTENDED, attended, layer.output, residual=residual, scratch=scratch)
+            self._add_row_product(_ATTENDED, attended, layer.output, residual=residual)
             gated = self._row_product(residual, layer.gate_up, norm=layer.mlp_norm, is_gated=True)
-            self._add_row_product(_MLP, gated, layer.down, residual=residual, scratch=scratch)
+            self._add_row_product(_MLP, gated, layer.down, residual=residual)
         return rms_norm(residual, self.weights.final_norm, eps=config.norm_eps, output=output)
 
     def _row_product(self, row: Tensor, weight: Tensor, *, norm: Tensor | None = None, **how: Any) -> Tensor:
@@ -300,13 +299,15 @@ class LlamaModel:
         assert tile is not None, weight.shape
         return skinny_linear(row, weight, tile=tile, norm=norm, eps=self.config.norm_eps, **how)
 
-    def _add_row_product(self, area: int, row: Tensor, weight: Tensor, *, residual: Tensor, scratch: Tensor) -> None:
+    def _add_row_product(self, area: int, row: Tensor, weight: Tensor, *, residual: Tensor) -> None:
+        """Add a linear layer of a row, summed over ranks, to the residual stream: [1, hidden_size], in place."""
         if self._peers is None:
             self._row_product(row, weight, residual=residual)
             return
         self._row_product(row, weight, output=self._peers.partial(area, 1, len(weight), row.dtype))
         # The norm of a single row is taken by the product that needs it, and this one by nobody.
-        self._peers.sum_norm(area, self.weights.final_norm, residual=residual, eps=self.config.norm_eps, output=scratch)
+        unused = torch.empty_like(residual)
+        self._peers.sum_norm(area, self.weights.final_norm, residual=residual, eps=self.config.norm_eps, output=unused)
 
     def _begin(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream of new tokens, and its first norm."""
