@@ -44,8 +44,8 @@ def shared_memory() -> set[str]:
 
 @pytest.mark.timeout(900)  # a start of a rank takes 4 s of a core, and fifty of them thrice that where others work too
 def test_fifty_deaths_leave_nothing_behind(tmp_path: Path) -> None:
-    """In each round the rank of one group is killed, and the other group is asked to restart, which forgives what it died of before.
-    They take turns, and the next round comes as soon as both are ready."""
+    """In each cycle the rank of one group is killed, and the other group is asked to restart, which forgives what it died of before.
+    They take turns, and the next cycle comes as soon as both are ready."""
     before = shared_memory()
     with ServeProcess(tmp_path, "--groups", "2") as serve, Client(serve.wait_ready()) as client:
         address = serve.wait_ready()
@@ -64,14 +64,14 @@ def test_fifty_deaths_leave_nothing_behind(tmp_path: Path) -> None:
             return {name: footprint(pid) for name, pid in pids.items()}
 
         early, early_shared, early_count = survivors(), shared_memory(), len(serve.processes())
-        for count in range(2, NUM_CYCLES + 1, 2):
+        for cycle in range(1, NUM_CYCLES + 1):
             streams = Streams(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
-            killed, restarted = groups() if count % 4 else reversed(groups())
+            killed, restarted = groups() if cycle % 2 else reversed(groups())
             os.kill(killed.ranks[0].pid, signal.SIGKILL)
             client.cluster.restart(group_id=restarted.group_id)
             assert streams.wait() == expected
-            wait_for(lambda count=count: _have_restarted(groups(), count), timeout_s=TIMEOUT_S)  # type: ignore[misc]  # mypy cannot infer a default
-            if count == NUM_WARM_UP:
+            wait_for(lambda cycle=cycle: _have_restarted(groups(), 2 * cycle), timeout_s=TIMEOUT_S)  # type: ignore[misc]  # mypy cannot infer a default
+            if cycle == NUM_WARM_UP:
                 early, early_shared, early_count = survivors(), shared_memory(), len(serve.processes())
         late = survivors()
         for name in early:

@@ -10,13 +10,12 @@ from two_hosts import TwoHosts
 
 from quire.client import Client
 
-pytestmark = pytest.mark.chaos
-
 NUM_STREAMS: Final = 12
 NUM_TOKENS: Final = 80
 TIMEOUT_S: Final = 120.0
 
 
+@pytest.mark.chaos
 def test_two_hosts_serve_together_and_one_goes_on_without_the_other(tmp_path: Path) -> None:
     with TwoHosts(num_cpus=1) as hosts:
         found = hosts.start(tmp_path, "--groups", "2")
@@ -41,6 +40,7 @@ def test_two_hosts_serve_together_and_one_goes_on_without_the_other(tmp_path: Pa
             wait_for(lambda: not Path(f"/proc/{far_rank}").exists(), timeout_s=TIMEOUT_S)
 
 
+@pytest.mark.slow
 def test_a_group_on_two_hosts_draws_what_one_rank_draws(built_in: str, tmp_path: Path) -> None:
     expected = Streams(built_in, num_streams=4, num_tokens=20).wait()
     with TwoHosts(num_cpus=1) as hosts:
