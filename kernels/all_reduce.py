@@ -92,6 +92,16 @@ def _max_programs(device: torch.device, *, num_warps: int) -> int:
     return min(MAX_PROGRAMS, num_multiprocessors(device) * max(1, 32 // num_warps))
 
 
+def meet(peers: Peers) -> None:
+    """Wait until every rank has come here: what each wrote before, the launches after this can read."""
+    _meet_kernel[(1,)](peers.flags, peers.meetings, peers.rank, SIZE=peers.size, MAX=MAX_PROGRAMS, num_warps=1)
+
+
+@triton.jit(do_not_specialize=["own_rank"])
+def _meet_kernel(flags: tl.tensor, meetings: tl.tensor, own_rank: int, SIZE: tl.constexpr, MAX: tl.constexpr) -> None:
+    _meet(flags, meetings, own_rank, SIZE, MAX)
+
+
 @triton.jit
 def _meet(flags: tl.tensor, meetings: tl.tensor, own_rank: int, SIZE: tl.constexpr, MAX: tl.constexpr) -> tl.tensor:
     """Wait until this program of every rank has come here; the number of the meeting."""

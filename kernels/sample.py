@@ -7,19 +7,17 @@ import torch
 import triton
 from torch import Tensor
 
+from quire.kernels.all_reduce import meet
 from quire.kernels.backend import num_multiprocessors, runs_triton
 from quire.kernels.philox import philox, philox_reference, words_of
 from quire.kernels.sample_kernels import draw_kernel, judge_kernel
+from quire.kernels.vocab_shards import MIN_TOKENS_PER_PROGRAM, DrawBuffers, VocabShards, group_tokens
 
 # Noise rows start at multiples of 64 floats, so that vectorised log sees a row at the same alignment in every batch.
 _ROW_COUNTERS: Final = 16
-# Tokens of one turn of the loops, and the fewest that are worth a program of their own.
+# Tokens of one turn of each launch's loops. All groups of a row stay in the registers of the second launch, beside a turn's
+# tokens; twice as many of either spill (sm_90).
 _DRAW_TILE: Final = 1024
-_MIN_TOKENS_PER_PROGRAM: Final = 8192
-# The first launch keeps the largest logit and the best score of groups of tokens, no smaller than a cache line of float32. All
-# groups of a row stay in the registers of the second launch, beside a turn's tokens; twice as many of either spill (sm_90).
-_MIN_GROUP: Final = 32
-_MAX_GROUPS: Final = 4096
 _TURN_TOKENS: Final = 2048
 # Rows of a top-k up to this draw noise for their k tokens alone, in the second launch; noise is what costs.
 _MAX_LATE_TOP_K: Final = 1024
@@ -55,6 +53,7 @@ def sample(
     has_typical: bool = False,
     token_ids: Tensor | None = None,
     broken: Tensor | None = None,
+    shards: VocabShards | None = None,
 ) -> Tensor:
     """One token id per row.
 
@@ -64,7 +63,10 @@ def sample(
                  device. Otherwise a GPU is never waited for, and the launches can be captured in a CUDA graph
     token_ids:   [num_rows] int64, filled and returned if given
     broken:      [num_rows] bool, filled with what `broken_rows` says; padding is not broken
-    result:      [num_rows] int64; 0 for broken rows and padding
+    shards:      given, the ranks of a group draw together: `logits` are the first rows of `shards.logits`, and all ranks call this with
+                 the same inputs. Each draws from its own part; what they read of each other is a candidate a row, and of rows with
+                 filters the tokens that these cannot rule out. For devices with kernels, and not with has_typical
+    result:      [num_rows] int64; 0 for broken rows and padding; the same on all ranks
 
     The filters mean what transformers' warpers of the same names mean, in the same order. A row's token depends on that row
     alone. The GPU draws with the same integers and takes the same token, but where two scores are closer than float32 rounding.
@@ -72,8 +74,9 @@ def sample(
     if token_ids is None:
         token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     if runs_triton(logits) and not has_typical:
-        _sample_without_sorting(logits, inputs, purpose=purpose, token_ids=token_ids, broken=broken)
+        _sample_without_sorting(logits, inputs, purpose=purpose, token_ids=token_ids, broken=broken, shards=shards)
     else:
+        assert shards is None, "parts of a vocabulary are drawn from by kernels"
         token_ids.copy_(sample_reference(logits, inputs, purpose=purpose, broken=broken))
     return token_ids
 
@@ -193,7 +196,9 @@ def gumbel_noise_reference(token_id: int, *, seed: int, position: int, sequence_
     return -(-uniform.log()).log()
 
 
-def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: int, token_ids: Tensor, broken: Tensor | None) -> None:
+def _sample_without_sorting(
+    logits: Tensor, inputs: SamplingInputs, *, purpose: int, token_ids: Tensor, broken: Tensor | None, shards: VocabShards | None
+) -> None:
     """Gumbel-max over all tokens first; the filters then only judge the winner, and the next best one if they refuse it.
 
     What the filters keep is closed upwards: if a token is refused, so is every less likely one. So the draw goes on among the
@@ -203,58 +208,75 @@ def _sample_without_sorting(logits: Tensor, inputs: SamplingInputs, *, purpose: 
     groups alone that these cannot rule out: the k-th largest of the largest bounds the k-th largest logit from below, tokens above
     a winner are in groups whose largest reaches it, and what wins after it is in the groups with the best scores, but where a
     refused token has one of those. Rows of a small top-k draw for the first time in the second launch.
+
+    Of a group of ranks each makes the first launch over its part, they meet, and each makes the second over all parts.
     """
-    num_rows, vocab_size = logits.shape
+    num_rows, own_width = logits.shape
     assert logits.stride(1) == 1, logits.stride()
+    size = 1 if shards is None else shards.peers.size
+    vocab_size = own_width if shards is None else shards.vocab_size
+    width = own_width if shards is None else shards.width
     assert vocab_size < 255 * _TURN_TOKENS, vocab_size
+    assert shards is None or logits.data_ptr() == shards.logits.data_ptr(), "other ranks read them where they are"
     wanted = max(1, 4 * num_multiprocessors(logits.device) // max(1, num_rows))
-    num_programs = triton.next_power_of_2(min(wanted, triton.cdiv(vocab_size, _MIN_TOKENS_PER_PROGRAM)))
-    program_tokens = triton.cdiv(triton.cdiv(vocab_size, num_programs), _DRAW_TILE) * _DRAW_TILE
-    group_tokens = max(_MIN_GROUP, triton.next_power_of_2(triton.cdiv(vocab_size, _MAX_GROUPS)))
-    num_groups = triton.cdiv(vocab_size, group_tokens)
-    best_scores = torch.empty((4, num_rows, num_programs), dtype=torch.float32, device=logits.device)
-    best_ids = torch.empty((num_rows, num_programs), dtype=torch.int32, device=logits.device)
-    of_groups = torch.empty((2, num_rows, num_groups), dtype=torch.float32, device=logits.device)
+    num_programs = triton.next_power_of_2(min(wanted, triton.cdiv(width, MIN_TOKENS_PER_PROGRAM)))
+    program_tokens = triton.cdiv(triton.cdiv(width, num_programs), _DRAW_TILE) * _DRAW_TILE
+    group = group_tokens(vocab_size, size)
+    num_groups_of_rank = triton.cdiv(width, group)
+    num_groups = triton.cdiv(vocab_size, group)
+    if shards is None:
+        found = DrawBuffers.new(num_rows, num_programs=num_programs, num_groups=num_groups, device=logits.device)
+    else:
+        found = shards.buffers(num_rows, num_programs=num_programs, num_groups=num_groups_of_rank)
     listed = torch.empty((num_rows, num_groups), dtype=torch.int32, device=logits.device)
     settings = (inputs.rows, inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
     key = (inputs.seed, inputs.sequence_index, inputs.position)
     draw_kernel[(num_programs, num_rows)](
-        best_scores,
-        best_ids,
-        of_groups,
+        found.scores,
+        found.ids,
+        found.groups,
         logits,
         *settings,
         *key,
         num_rows,
         vocab_size,
-        num_groups,
+        0 if shards is None else shards.first,
+        own_width,
+        num_groups_of_rank,
         logits.stride(0),
         program_tokens,
         purpose,
         TILE=_DRAW_TILE,
-        GROUP=group_tokens,
+        GROUP=group,
         MAX_LATE_TOP_K=_MAX_LATE_TOP_K,
         num_warps=4,
     )
+    if shards is not None:
+        meet(shards.peers)
     judge_kernel[(num_rows,)](
         token_ids,
         broken,
-        best_scores,
-        best_ids,
-        of_groups,
+        found.scores,
+        found.ids,
+        found.groups,
         listed,
         logits,
         *settings,
         *key,
+        None if shards is None else shards.peers.areas,
+        0 if shards is None else shards.peers.rank,
         num_rows,
         vocab_size,
         num_groups,
         logits.stride(0),
         purpose,
-        PROGRAMS=num_programs,
-        GROUP=group_tokens,
+        SIZE=size,
+        WIDTH=0 if shards is None else width,
+        PROGRAMS_OF_RANK=num_programs,
+        PROGRAMS=triton.next_power_of_2(size * num_programs),
+        GROUP=group,
         GROUPS=triton.next_power_of_2(num_groups),
-        GROUPS_OF_TURN=_TURN_TOKENS // group_tokens,
+        GROUPS_OF_TURN=_TURN_TOKENS // group,
         NUM_PIVOTS=_NUM_PIVOTS,
         NUM_VALUE_READINGS=_NUM_VALUE_READINGS,
         MAX_LATE_TOP_K=_MAX_LATE_TOP_K,

@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "first_token", "num_tokens"])
 def draw_kernel(
     best_scores: tl.tensor,  # [4, num_rows, num_programs]: best score, largest logit (inf if one is NaN), smallest above -inf, mass
     best_ids: tl.tensor,  # [num_rows, num_programs]
     of_groups: tl.tensor,  # [2, num_rows, num_groups]: largest logit, of rows with filters; best score, of those without top-k
-    logits: tl.tensor,  # [num_rows, vocab_size]
+    logits: tl.tensor,  # [num_rows, num_tokens], of the tokens from first_token on
     rows: tl.tensor,  # [num_rows]
     temperature: tl.tensor,  # [max_rows] float64
     top_k: tl.tensor,  # [max_rows]
@@ -20,6 +20,8 @@ def draw_kernel(
     position: tl.tensor,  # [max_rows]
     num_rows: int,
     vocab_size: int,
+    first_token: int,
+    num_tokens: int,
     num_groups: int,
     logits_stride: int,
     program_tokens: int,
@@ -47,7 +49,7 @@ def draw_kernel(
     row_position = tl.load(position + at)
     row_index = tl.load(sequence_index + at)
     begin = tl.program_id(0) * program_tokens
-    end = tl.minimum(begin + program_tokens, vocab_size)
+    end = tl.minimum(begin + program_tokens, num_tokens)
     best = tl.full([TILE], float("-inf"), tl.float32)
     best_id = tl.full([TILE], 0x7FFFFFFF, tl.int32)
     largest = tl.full([TILE], float("-inf"), tl.float32)
@@ -62,11 +64,11 @@ def draw_kernel(
         smallest = tl.minimum(smallest, tl.where(logit == float("-inf"), float("inf"), logit))
         score = logit
         if draws_here:
-            counter = first // 4 + tl.arange(0, TILE // 4)
+            counter = (first_token + first) // 4 + tl.arange(0, TILE // 4)
             score = logit + heat * _noise(counter, row_seed, row_position, row_index, purpose)
         is_better = score > best
         best = tl.where(is_better, score, best)
-        best_id = tl.where(is_better, token, best_id)
+        best_id = tl.where(is_better, first_token + token, best_id)
         if has_filters:
             group = first // GROUP + tl.arange(0, TILE // GROUP)
             place = of_groups + row * num_groups + group
@@ -89,15 +91,15 @@ def draw_kernel(
         tl.store(best_scores + 3 * num_rows * tl.num_programs(0) + place, mass_of_part)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "own_rank"])
 def judge_kernel(
     token_ids: tl.tensor,  # [num_rows]
     broken: tl.tensor,  # None, or [num_rows]
-    best_scores: tl.tensor,  # [4, num_rows, PROGRAMS]
-    best_ids: tl.tensor,  # [num_rows, PROGRAMS]
-    of_groups: tl.tensor,  # [2, num_rows, num_groups]
+    best_scores: tl.tensor,  # [4, num_rows, PROGRAMS_OF_RANK]: here and below this rank's, those of others lie in their areas
+    best_ids: tl.tensor,  # [num_rows, PROGRAMS_OF_RANK]
+    of_groups: tl.tensor,  # [2, num_rows, groups of a rank]
     listed: tl.tensor,  # [num_rows, num_groups], scratch
-    logits: tl.tensor,  # [num_rows, vocab_size]
+    logits: tl.tensor,  # [num_rows, tokens of a rank]
     rows: tl.tensor,  # [num_rows]
     temperature: tl.tensor,  # [max_rows] float64
     top_k: tl.tensor,  # [max_rows]
@@ -106,11 +108,16 @@ def judge_kernel(
     seed: tl.tensor,  # [max_rows]
     sequence_index: tl.tensor,  # [max_rows]
     position: tl.tensor,  # [max_rows]
+    areas: tl.tensor,  # None of one rank; else [SIZE] int64: where each rank's memory begins
+    own_rank: int,
     num_rows: int,
     vocab_size: int,
     num_groups: int,
     logits_stride: int,
     purpose: int,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROGRAMS_OF_RANK: tl.constexpr,
     PROGRAMS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -127,15 +134,22 @@ def judge_kernel(
         if broken is not None:
             tl.store(broken + row, False)
         return
-    place = row * PROGRAMS + tl.arange(0, PROGRAMS)
-    scores = tl.load(best_scores + place)
+    program = tl.arange(0, PROGRAMS)
+    is_program = program < SIZE * PROGRAMS_OF_RANK
+    rank = program // PROGRAMS_OF_RANK
+    place = row * PROGRAMS_OF_RANK + program % PROGRAMS_OF_RANK
+    scores_at = _on_rank(best_scores, areas, own_rank, rank, SIZE) + place
+    ids_at = _on_rank(best_ids, areas, own_rank, rank, SIZE) + place
+    plane = num_rows * PROGRAMS_OF_RANK
+    scores = tl.load(scores_at, mask=is_program, other=float("-inf"))
     score = tl.max(scores, 0)
-    token_id = tl.min(tl.where(scores == score, tl.load(best_ids + place), 0x7FFFFFFF), 0)
+    ids = tl.load(ids_at, mask=is_program, other=0x7FFFFFFF)
+    token_id = tl.min(tl.where(scores == score, ids, 0x7FFFFFFF), 0)
     heat = tl.load(temperature + at).to(tl.float32)
     most = tl.load(top_k + at)
     mass = tl.load(top_p + at)
     least = tl.load(min_p + at).to(tl.float32)
-    peaks_of_programs = tl.load(best_scores + num_rows * PROGRAMS + place)
+    peaks_of_programs = tl.load(scores_at + plane, mask=is_program, other=float("-inf"))
     largest = tl.max(peaks_of_programs, 0)
     is_broken = (largest == float("inf")) | (largest == float("-inf"))
     token_id = tl.where(is_broken, 0, token_id)
@@ -145,7 +159,13 @@ def judge_kernel(
         row_logits = logits + row * logits_stride
         row_listed = listed + row * num_groups
         group = tl.arange(0, GROUPS)
-        peaks = tl.load(of_groups + row * num_groups + group, mask=group < num_groups, other=float("-inf"))
+        if SIZE == 1:
+            groups_of_rank = num_groups
+            groups_at = of_groups + row * num_groups + group
+        else:
+            groups_of_rank = WIDTH // GROUP
+            groups_at = _on_rank(of_groups, areas, own_rank, group // groups_of_rank, SIZE) + row * groups_of_rank + group % groups_of_rank
+        peaks = tl.load(groups_at, mask=group < num_groups, other=float("-inf"))
         tail = (1.0 - mass).to(tl.float32)
         least = tl.minimum(tl.maximum(least, 0.0), 1.0)
         has_top_k = (most > 0) & (most < vocab_size)
@@ -157,18 +177,19 @@ def judge_kernel(
             is_finite = peaks > float("-inf")
             bound = _bound_of_kth_largest(_key(peaks), is_finite, k)
             num_listed = _list_groups(row_listed, group, is_finite & (_key(peaks) >= bound))
-            smallest = tl.min(tl.load(best_scores + 2 * num_rows * PROGRAMS + place), 0)
+            smallest = tl.min(tl.load(scores_at + 2 * plane, mask=is_program, other=float("inf")), 0)
             bound = tl.where(tl.sum(is_finite.to(tl.int32), 0) >= k, bound, _key(smallest))
             floor = _kth_largest(
-                row_logits, row_listed, num_listed, vocab_size, k, bound, largest, GROUP, GROUPS_OF_TURN, NUM_PIVOTS, NUM_VALUE_READINGS
-            )
+                row_logits, areas, own_rank, row_listed, num_listed, vocab_size, k, bound, largest, SIZE, WIDTH, GROUP, GROUPS_OF_TURN,
+                NUM_PIVOTS, NUM_VALUE_READINGS,
+            )  # fmt: skip
         elif mass < 1.0:
-            masses = tl.load(best_scores + 3 * num_rows * PROGRAMS + place)
+            masses = tl.load(scores_at + 3 * plane, mask=is_program, other=0.0)
             total = tl.sum(tl.where(peaks_of_programs > float("-inf"), masses * tl.exp((peaks_of_programs - largest) / heat), 0.0), 0)
         is_kept = False
         is_undrawn = has_top_k & (most <= MAX_LATE_TOP_K)
         while not is_kept:
-            chosen = tl.where(is_undrawn, float("-inf"), _logits(row_logits, token_id, vocab_size))
+            chosen = tl.where(is_undrawn, float("-inf"), _logits(row_logits, areas, own_rank, token_id, vocab_size, SIZE, WIDTH))
             is_undrawn = False
             is_kept = (_key(chosen) >= floor) & (tl.exp((chosen - largest) / heat) >= least)
             if is_kept & (mass < 1.0):
@@ -179,7 +200,7 @@ def judge_kernel(
                 part = tl.zeros([GROUPS_OF_TURN, GROUP], tl.float32)  # the mass above the chosen token; with top-k, the rest of it
                 for turn in range(0, num_listed, GROUPS_OF_TURN):
                     token = _listed_tokens(row_listed, turn, num_listed, GROUP, GROUPS_OF_TURN)
-                    logit = _logits(row_logits, token, vocab_size)
+                    logit = _logits(row_logits, areas, own_rank, token, vocab_size, SIZE, WIDTH)
                     is_above = (logit > chosen) | ((logit == chosen) & (token > token_id))
                     weight = tl.where(_key(logit) >= floor, tl.exp((logit - largest) / heat), 0.0)
                     num_above += is_above.to(tl.int32)
@@ -192,8 +213,7 @@ def judge_kernel(
                 is_open = (peaks >= chosen) & (tl.exp((peaks - largest) / heat) >= least)
                 untried = tl.full([], float("-inf"), tl.float32)
                 if not has_top_k:
-                    scores_at = of_groups + (row + num_rows) * num_groups + group
-                    bounds = tl.load(scores_at, mask=is_open, other=float("-inf"))
+                    bounds = tl.load(groups_at + num_rows * groups_of_rank, mask=is_open, other=float("-inf"))
                     is_tried = is_open & (_key(bounds) >= _bound_of_kth_largest(_key(bounds), is_open, GROUPS_OF_TURN // 2))
                     untried = tl.max(tl.where(is_tried, float("-inf"), bounds), 0)
                     num_listed = _list_groups(row_listed, group, is_tried)
@@ -204,7 +224,7 @@ def judge_kernel(
                     best_id = tl.full([GROUPS_OF_TURN, GROUP], 0x7FFFFFFF, tl.int32)
                     for turn in range(0, num_listed, GROUPS_OF_TURN):
                         token = _listed_tokens(row_listed, turn, num_listed, GROUP, GROUPS_OF_TURN)
-                        logit = _logits(row_logits, token, vocab_size)
+                        logit = _logits(row_logits, areas, own_rank, token, vocab_size, SIZE, WIDTH)
                         is_open_token = (logit > refused) | ((logit == refused) & (token > refused_id))
                         is_open_token = is_open_token & (_key(logit) >= floor) & (tl.exp((logit - largest) / heat) >= least)
                         counter = _listed_tokens(row_listed, turn, num_listed, GROUP // 4, GROUPS_OF_TURN)
@@ -263,12 +283,16 @@ def _sum(tile: tl.tensor) -> tl.tensor:
 @triton.jit
 def _kth_largest(
     logits: tl.tensor,  # [vocab_size]
+    areas: tl.tensor,
+    own_rank: int,
     listed: tl.tensor,  # [num_listed] groups, which hold every logit at or above `bound`
     num_listed: int,
     vocab_size: int,
     k: int,
     bound: tl.tensor,
     largest: float,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_OF_TURN: tl.constexpr,
     NUM_PIVOTS: tl.constexpr,
@@ -287,7 +311,8 @@ def _kth_largest(
         is_by_value = num_readings < NUM_VALUE_READINGS
         counters = tl.zeros([GROUPS_OF_TURN, GROUP], tl.int32)  # a byte for each pivot: no lane sees 256 tokens of a row
         for turn in range(0, num_listed, GROUPS_OF_TURN):
-            key = _key(_logits(logits, _listed_tokens(listed, turn, num_listed, GROUP, GROUPS_OF_TURN), vocab_size))
+            token = _listed_tokens(listed, turn, num_listed, GROUP, GROUPS_OF_TURN)
+            key = _key(_logits(logits, areas, own_rank, token, vocab_size, SIZE, WIDTH))
             for index in tl.static_range(NUM_PIVOTS):
                 is_above = key >= _pivot(low, high, index, is_by_value, NUM_PIVOTS)
                 counters += is_above.to(tl.int32) << (8 * index)
@@ -312,9 +337,22 @@ def _pivot(low: tl.tensor, high: tl.tensor, index: tl.constexpr, is_by_value: tl
 
 
 @triton.jit
-def _logits(logits: tl.tensor, token: tl.tensor, end: int) -> tl.tensor:
-    """Logits in float32; NaN, and what is behind the end, is -inf."""
-    logit = tl.load(logits + token, mask=token < end, other=float("-inf")).to(tl.float32)
+def _on_rank(own: tl.tensor, areas: tl.tensor, own_rank: int, rank: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """Where what lies at `own` in this rank's memory lies in that of each `rank`; those behind the last are taken for the last."""
+    place = own
+    if SIZE > 1:
+        shift = tl.load(areas + tl.minimum(rank, SIZE - 1)) - tl.load(areas + own_rank)
+        place = (own.to(tl.int64) + shift).to(tl.pointer_type(own.dtype.element_ty))
+    return place
+
+
+@triton.jit
+def _logits(
+    logits: tl.tensor, areas: tl.tensor, own_rank: int, token: tl.tensor, end: int, SIZE: tl.constexpr, WIDTH: tl.constexpr
+) -> tl.tensor:
+    """Logits of a row in float32; NaN, and what is behind the end, is -inf."""
+    places = logits + token if SIZE == 1 else _on_rank(logits, areas, own_rank, token // WIDTH, SIZE) + token % WIDTH
+    logit = tl.load(places, mask=token < end, other=float("-inf")).to(tl.float32)
     return tl.where(logit == logit, logit, float("-inf"))
 
 

@@ -57,10 +57,11 @@ class _Identity:
     memory_domain: str  # equal where one process can map what another made: one kernel, one set of process ids; "" if unknown
 
 
-def connect(*, rendezvous_path: Path, rank: int, size: int, gpu_partial_bytes: int | None = None) -> Collective:
+def connect(*, rendezvous_path: Path, rank: int, size: int, gpu_partial_bytes: int | None = None, gpu_draw_bytes: int = 0) -> Collective:
     """Meet the other ranks of the group at a file that is new for each meeting.
 
     gpu_partial_bytes: for ranks with a GPU each: of the largest partial sum of a step; None for ranks that compute on CPU
+    gpu_draw_bytes:    and of what the others read of a draw
 
     A file and not an address, because torch's TCPStore listens on every interface. Shared memory where all ranks are
     processes of one x86 host, 3 to 40 times quicker than gloo there; else gloo, on the loopback interface if one host it is.
@@ -78,7 +79,9 @@ def connect(*, rendezvous_path: Path, rank: int, size: int, gpu_partial_bytes: i
 
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-        return CudaCollective(store, rank=rank, size=size, timeout_s=WAIT_TIMEOUT_S, partial_bytes=gpu_partial_bytes)
+        return CudaCollective(
+            store, rank=rank, size=size, timeout_s=WAIT_TIMEOUT_S, partial_bytes=gpu_partial_bytes, draw_bytes=gpu_draw_bytes
+        )
     if own.memory_domain and all(other.memory_domain == own.memory_domain for other in ranks) and own.machine == "x86_64":
         pids = [other.pid for other in ranks]
         return SharedMemoryCollective.connect(store, rank=rank, pids=pids, timeout_s=WAIT_TIMEOUT_S)

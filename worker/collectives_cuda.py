@@ -22,22 +22,33 @@ _MAX_PEER_BYTES_OF_MANY: Final = 2**19
 _ALIGNMENT: Final = 512
 
 
+def peer_bytes(area_bytes: int, draw_bytes: int) -> int:
+    """Of a rank's memory that others read: the areas, two slots of the same size, and what lies behind them for draws."""
+    return (NUM_AREAS + 2) * area_bytes + draw_bytes
+
+
 class CudaCollective(GlooCollective):
     """A Collective whose ranks have a GPU each. Everything on the GPU can be captured in CUDA graphs."""
 
-    def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float, partial_bytes: int) -> None:
-        """partial_bytes: of the largest partial sum that `partial` will be asked for"""
+    def __init__(self, store: Any, *, rank: int, size: int, timeout_s: float, partial_bytes: int, draw_bytes: int = 0) -> None:
+        """partial_bytes: of the largest partial sum that `partial` will be asked for; draw_bytes: of `draw_memory`"""
         self._has_nccl = size > 2
         backend = "cpu:gloo,cuda:nccl" if self._has_nccl else "gloo"
         super().__init__(store, rank=rank, size=size, timeout_s=timeout_s, backend=backend)
         self._area_bytes = -(-partial_bytes // _ALIGNMENT) * _ALIGNMENT
-        # Behind the areas two slots of the same size.
-        memory = PeerMemory(store, rank=rank, size=size, area_bytes=(NUM_AREAS + 2) * self._area_bytes)
-        self._peers: Peers = memory.peers
+        self._draw_bytes = draw_bytes
+        memory = PeerMemory(store, rank=rank, size=size, area_bytes=peer_bytes(self._area_bytes, draw_bytes))
+        self.peers: Peers = memory.peers
         self._area = memory.area
         if self._has_nccl:
             dist.all_reduce(torch.zeros(1, device="cuda"))  # it connects at its first use, which must not be inside a capture
             torch.cuda.synchronize()
+
+    @property
+    def draw_memory(self) -> Tensor:
+        """[draw_bytes] uint8: this rank's own, which the others can read at the same place of their areas."""
+        start = (NUM_AREAS + 2) * self._area_bytes
+        return self._area[start : start + self._draw_bytes]
 
     def all_reduce(self, tensor: Tensor) -> None:
         if not tensor.is_cuda:
@@ -46,7 +57,7 @@ class CudaCollective(GlooCollective):
             dist.all_reduce(tensor)
         else:
             for piece in _pieces(tensor, num_bytes=self._area_bytes):
-                all_reduce(self._peers, piece, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
+                all_reduce(self.peers, piece, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
 
     def all_gather(self, part: Tensor) -> Tensor:
         if not part.is_cuda:
@@ -56,7 +67,7 @@ class CudaCollective(GlooCollective):
         if self._is_for_nccl(part):
             dist.all_gather_into_tensor(gathered.view(-1), part.view(-1))
         elif part.nbytes <= self._area_bytes:
-            all_gather(self._peers, part, gathered, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
+            all_gather(self.peers, part, gathered, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
         else:
             first = 0
             for piece in _pieces(part, num_bytes=self._area_bytes):
@@ -92,7 +103,7 @@ class CudaCollective(GlooCollective):
         """Sum the ranks' `partial(index, ...)`, add that to the residual stream and take the norm; see kernels.all_reduce.sum_norm."""
         if not self._is_for_nccl(output):
             start = index * self._area_bytes
-            sum_norm(self._peers, weight, area=start, residual=residual, eps=eps, output=output, adds=adds)
+            sum_norm(self.peers, weight, area=start, residual=residual, eps=eps, output=output, adds=adds)
             return
         partial = self.partial(index, len(output), output.shape[1], output.dtype)
         dist.all_reduce(partial)

@@ -28,7 +28,7 @@ import quire.kernels
 from quire.common.child_process import die_with_parent, enter_child
 from quire.common.errors import ConfigError
 from quire.common.model_folder import ModelFolder, read_model_folder
-from quire.worker.gpu_memory import partial_bytes
+from quire.worker.gpu_memory import draw_bytes, partial_bytes
 from quire.worker.graphed_steps import KINDS, GraphedSteps
 from quire.worker.kv_cache import KvCache
 from quire.worker.lone_collective import LoneCollective
@@ -202,8 +202,14 @@ def _runner(spec: RankSpec, folder: ModelFolder, dtype: torch.dtype, vocab_size:
     share = LlamaShare(config, spec.rank, spec.tensor_parallel_size)
     collective = None
     if spec.tensor_parallel_size > 1:
-        num_bytes = partial_bytes(folder, dtype=spec.dtype, max_tokens=max(spec.max_batched_tokens, spec.max_sequences))
-        collective = LoneCollective(rank=spec.rank, size=spec.tensor_parallel_size, partial_bytes=num_bytes, device=spec.device)
+        size = spec.tensor_parallel_size
+        collective = LoneCollective(
+            rank=spec.rank,
+            size=size,
+            partial_bytes=partial_bytes(folder, dtype=spec.dtype, max_tokens=max(spec.max_batched_tokens, spec.max_sequences)),
+            draw_bytes=draw_bytes(small, dtype=spec.dtype, num_ranks=size, max_rows=spec.max_sequences),
+            device=spec.device,
+        )
     model = LlamaModel(small, share, empty_weights(share, dtype=dtype, device=spec.device), collective)
     kv_cache = KvCache(
         num_blocks=_NUM_BLOCKS,

@@ -39,6 +39,14 @@ def partial_bytes(folder: ModelFolder, *, dtype: str, max_tokens: int) -> int:
     return max_tokens * folder.hidden_size * _DTYPE_BYTES[dtype]
 
 
+def draw_bytes(folder: ModelFolder, *, dtype: str, num_ranks: int, max_rows: int) -> int:
+    """What other ranks read in one rank's memory when the group draws."""
+    from quire.kernels.vocab_shards import VocabShards  # imports Triton
+    from quire.worker.models.load_model import DTYPES
+
+    return VocabShards.num_bytes(vocab_size=folder.vocab_size, num_ranks=num_ranks, max_rows=max_rows, dtype=DTYPES[dtype])
+
+
 def graph_bytes(*, step_bytes: int, max_tokens: int, largest_graph: int) -> int:
     """What CUDA graphs will take: those of large steps hold the activations of the largest of them, beside those of steps without.
 

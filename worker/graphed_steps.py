@@ -75,7 +75,11 @@ class GraphedSteps:
             max_rows=max_rows, max_tokens=max_tokens, tile=self._tile, group=model.num_heads // model.num_kv_heads, device=device
         )
         self._hidden = torch.zeros((max_tokens, config.hidden_size), dtype=dtype, device=device)
-        self._logits = torch.zeros((max_rows, model.vocab_size), dtype=dtype, device=device)
+        # [max_rows, vocab_size]; of a group of ranks this one's part
+        self._shards = model.vocab_shards(max_rows=max_rows)
+        self._logits = (
+            torch.zeros((max_rows, model.vocab_size), dtype=dtype, device=device) if self._shards is None else self._shards.logits
+        )
         self._drawn = torch.zeros((2, max_rows), dtype=torch.int64, device=device)
         self._free_host: list[Tensor] = []  # pinned buffers like _drawn that nobody will read any more
         self._decode_sizes = decode_sizes(max_rows)
@@ -112,8 +116,11 @@ class GraphedSteps:
         return self._sample(sampled, size), prompts
 
     def last_logits(self, num_samples: int) -> Tensor:
-        """The logits of the last step's samples: [num_samples, vocab_size] in the model's dtype; until the next step."""
-        return self._logits[:num_samples]
+        """The logits of the last step's samples: [num_samples, vocab_size] in the model's dtype; until the next step.
+
+        All ranks of a group must ask for them.
+        """
+        return self._model.gather_logits(self._logits[:num_samples])
 
     # -- launches ---------------------------------------------------------------------------------------------------
 
@@ -222,7 +229,7 @@ class GraphedSteps:
         batch = self._batch
         self._launch(("logits", size), lambda: self._compute_logits(size))
         if batch.sampling.has_special and any(batch.sampling.is_special(row) for row in sampled.tolist()):
-            draw = Draw(batch, self._logits[: len(sampled)].float(), sampled.tolist())
+            draw = Draw(batch, self.last_logits(len(sampled)).float(), sampled.tolist())
             draw.append()
             return draw
         self._launch(("draw", size), lambda: self._draw(size))
@@ -232,7 +239,7 @@ class GraphedSteps:
         return GraphedDraw(host, len(sampled), self._free_host)
 
     def _compute_logits(self, size: int) -> None:
-        self._model.logits(self._hidden.index_select(0, self._step.logits_places[:size]), output=self._logits[:size])
+        self._model.part_of_logits(self._hidden.index_select(0, self._step.logits_places[:size]), output=self._logits[:size])
 
     def _draw(self, size: int) -> None:
         batch = self._batch
@@ -243,6 +250,7 @@ class GraphedSteps:
             purpose=DrawPurpose.TARGET,
             token_ids=self._drawn[0, :size],
             broken=self._drawn[1, :size],
+            shards=self._shards,
         )
         append_tokens(batch.tokens, batch.lengths, rows, self._drawn[0, :size])
 

@@ -10,15 +10,20 @@ from quire.worker.collectives_cuda import CudaCollective
 class LoneCollective(CudaCollective):
     """Launches what a CudaCollective launches, at addresses where nobody is, and leaves out what is not our own kernel."""
 
-    def __init__(self, *, rank: int, size: int, partial_bytes: int, device: str) -> None:
-        """partial_bytes: as CudaCollective's; all partial sums share them"""
+    def __init__(self, *, rank: int, size: int, partial_bytes: int, draw_bytes: int, device: str) -> None:
+        """partial_bytes, draw_bytes: as CudaCollective's; all partial sums share them"""
         self.rank = rank
         self.size = size
         self._has_nccl = size > 2
         self._area_bytes = partial_bytes
         self._area = torch.zeros(partial_bytes, dtype=torch.uint8, device=device)
         nowhere = torch.zeros(size, dtype=torch.int64, device=device)
-        self._peers = Peers(rank, size, nowhere, nowhere, torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device))
+        self._draw_memory = torch.zeros(draw_bytes, dtype=torch.uint8, device=device)
+        self.peers = Peers(rank, size, nowhere, nowhere, torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device))
+
+    @property
+    def draw_memory(self) -> Tensor:
+        return self._draw_memory
 
     def partial(self, index: int, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:
         del index

@@ -22,6 +22,7 @@ from quire.worker.gpu_memory import (
     blocks_that_fit,
     check_gpu_holds,
     check_step_fits,
+    draw_bytes,
     graph_bytes,
     partial_bytes,
     weight_bytes,
@@ -124,7 +125,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
                 rendezvous_path=Path(spec.rendezvous_path),
                 rank=spec.rank,
                 size=spec.tensor_parallel_size,
-                gpu_partial_bytes=_partial_bytes(spec, folder) if spec.device == "cuda" else None,
+                **(_gpu_bytes(spec, folder) if spec.device == "cuda" else {}),
             )
         at_end.callback(collective.close)
         _log.info("all %d ranks have met, over %s", spec.tensor_parallel_size, type(collective).__name__)
@@ -223,8 +224,12 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
     return runner, hello, dict(phases)
 
 
-def _partial_bytes(spec: RankSpec, folder: ModelFolder) -> int:
-    return partial_bytes(folder, dtype=spec.dtype, max_tokens=max(spec.max_batched_tokens, spec.max_sequences))
+def _gpu_bytes(spec: RankSpec, folder: ModelFolder) -> dict[str, int]:
+    """How much of this rank's GPU the others read, for connect()."""
+    return {
+        "gpu_partial_bytes": partial_bytes(folder, dtype=spec.dtype, max_tokens=max(spec.max_batched_tokens, spec.max_sequences)),
+        "gpu_draw_bytes": draw_bytes(folder, dtype=spec.dtype, num_ranks=spec.tensor_parallel_size, max_rows=spec.max_sequences),
+    }
 
 
 def _compile_ahead(spec: RankSpec, folder: ModelFolder) -> "CompileAhead | None":

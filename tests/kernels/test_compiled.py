@@ -27,6 +27,7 @@ from quire.kernels.sample import SamplingInputs, sample
 from quire.kernels.silu_mul import silu_mul
 from quire.kernels.skinny_linear import skinny_linear
 from quire.kernels.store_kv import store_kv
+from quire.kernels.vocab_shards import VocabShards
 from quire.kernels.write_runs import write_runs
 
 pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="interpreted kernels are not compiled")
@@ -173,3 +174,18 @@ def test_small_operations_spill_nothing_and_load_wide(name: str) -> None:
         assert kernel.stack_bytes == 0, kernel.name
         if name in ("rms_norm", "silu_mul", "copy_blocks"):
             assert "ld.global.v4.b32" in kernel.ptx, "16 bytes a load"
+
+
+@pytest.mark.parametrize(("size", "vocab_size"), [(2, 128256), (2, 151936), (4, 128256), (8, 262144)])
+def test_draws_of_a_group_spill_nothing_and_wait_in_order(size: int, vocab_size: int) -> None:
+    addresses = integers(size)
+    peers = Peers(size - 1, size, addresses, addresses, zeros(MAX_PROGRAMS, dtype=torch.int32))
+    num_bytes = VocabShards.num_bytes(vocab_size=vocab_size, num_ranks=size, max_rows=4, dtype=torch.bfloat16)
+    shards = VocabShards(peers, zeros(num_bytes, dtype=torch.uint8), vocab_size=vocab_size, max_rows=4, dtype=torch.bfloat16)
+    doubles, rows = zeros(4, dtype=torch.float64), integers(4)
+    inputs = SamplingInputs(rows, doubles, rows, doubles, doubles, doubles, rows, rows, rows)
+    kernels = compiled(lambda: sample(shards.logits, inputs, purpose=0, broken=zeros(4, dtype=torch.bool), shards=shards))
+    assert len(kernels) == 3
+    assert all(kernel.stack_bytes == 0 for kernel in kernels)
+    assert kernels[1].ptx.count("atom.global.sys.release") == size - 1
+    assert "sys.acquire" in kernels[1].ptx

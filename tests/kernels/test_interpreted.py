@@ -21,7 +21,7 @@ def test_kernels_are_right_when_interpreted() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-8000:]

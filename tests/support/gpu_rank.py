@@ -15,6 +15,7 @@ from plan_driver import PlanDriver
 from quire.common.messages import Chunk, SamplingState
 from quire.common.model_folder import read_model_folder
 from quire.worker.collectives import connect
+from quire.worker.gpu_memory import draw_bytes
 from quire.worker.graphed_steps import GraphedSteps
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.load_model import DTYPES, load_model
@@ -27,7 +28,8 @@ def main(store: Path, rank: int, size: int, job: dict[str, Any]) -> dict[str, An
     torch.set_grad_enabled(False)
     folder = read_model_folder(Path(job["folder"]))
     partial_bytes = _MAX_BATCHED_TOKENS * folder.hidden_size * 4
-    collective = connect(rendezvous_path=store, rank=rank, size=size, gpu_partial_bytes=partial_bytes)
+    num_bytes = draw_bytes(folder, dtype=job["dtype"], num_ranks=size, max_rows=16)
+    collective = connect(rendezvous_path=store, rank=rank, size=size, gpu_partial_bytes=partial_bytes, gpu_draw_bytes=num_bytes)
     model = load_model(folder, dtype=job["dtype"], device="cuda", backend=job["backend"], collective=collective)
 
     def make_runner(*, block_size: int, has_graphs: bool) -> Runner:

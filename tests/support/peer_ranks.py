@@ -13,15 +13,19 @@ import torch.nn.functional as F
 from plan_driver import PlanDriver
 from torch import Tensor
 
+from quire.common.messages import SamplingState
 from quire.common.model_folder import read_model_folder
-from quire.kernels.all_reduce import MAX_PROGRAMS, Peers, all_gather, all_reduce, sum_norm
-from quire.worker.collectives_cuda import NUM_AREAS, CudaCollective
+from quire.kernels.all_reduce import MAX_PROGRAMS, Peers, all_gather, all_reduce, meet, sum_norm
+from quire.kernels.sample import SamplingInputs, sample
+from quire.kernels.vocab_shards import VocabShards
+from quire.worker.collectives_cuda import NUM_AREAS, CudaCollective, peer_bytes
+from quire.worker.gpu_memory import draw_bytes
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.load_model import load_llama_model
 from quire.worker.runner import Runner
 
 SLOT_BYTES = 65536
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 120.0
 
 
 def numbers(rank: int, turn: int, *sizes: int, dtype: torch.dtype) -> Tensor:
@@ -103,27 +107,51 @@ def _run(folder: str, function: Callable[..., Any], rank: int, size: int, argume
 class HostPeers(CudaCollective):
     """A CudaCollective without GPUs: its peer memory is shared host memory, and its kernels are interpreted."""
 
-    def __init__(self, peers: Peers, *, area_bytes: int) -> None:
+    def __init__(self, peers: Peers, *, area_bytes: int, draw_bytes: int) -> None:
         self.rank, self.size = peers.rank, peers.size
         self._has_nccl = False
-        self._area_bytes = area_bytes
-        self._peers = peers
-        self._area = own_area(peers, NUM_AREAS * area_bytes)
+        self._area_bytes, self._draw_bytes = area_bytes, draw_bytes
+        self.peers = peers
+        self._area = own_area(peers, peer_bytes(area_bytes, draw_bytes))
 
     def gather_columns(self, part: Tensor, widths: Sequence[int]) -> Tensor:
         padded = F.pad(part, (0, max(widths) - part.shape[-1])).contiguous()
         gathered = torch.empty((self.size, *padded.shape), dtype=part.dtype)
-        all_gather(self._peers, padded, gathered, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
+        all_gather(self.peers, padded, gathered, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
         return torch.cat([each[..., :width] for each, width in zip(gathered, widths, strict=True)], dim=-1)
 
 
-def draw_by_native_model(peers: Peers, path: str, prompts: list[list[int]], num_tokens: int, area_bytes: int) -> list[list[int]]:
+def draw_by_native_model(
+    peers: Peers, path: str, prompts: list[list[int]], num_tokens: int, area_bytes: int, sampling: list[SamplingState] | None
+) -> list[list[int]]:
     """What a group of native ranks draws."""
     folder = read_model_folder(Path(path))
-    model = load_llama_model(folder, dtype="float32", device="cpu", collective=HostPeers(peers, area_bytes=area_bytes))
+    num_bytes = draw_bytes(folder, dtype="float32", num_ranks=peers.size, max_rows=4)
+    collective = HostPeers(peers, area_bytes=area_bytes, draw_bytes=num_bytes)
+    model = load_llama_model(folder, dtype="float32", device="cpu", collective=collective)
     kv_cache = KvCache(
         num_blocks=64, num_layers=folder.num_layers, num_kv_heads=model.num_kv_heads, block_size=4, head_dim=folder.head_dim,
         dtype=torch.float32, device="cpu",
     )  # fmt: skip
     runner = Runner(model, kv_cache, rank=peers.rank, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu")
-    return PlanDriver(runner).generate(prompts, num_tokens=num_tokens, chunk=5, stagger=1)
+    return PlanDriver(runner).generate(prompts, num_tokens=num_tokens, chunk=5, stagger=1, sampling=sampling)
+
+
+def draw_from_shards(
+    peers: Peers, logits: Tensor, columns: SamplingInputs, dtype: torch.dtype, num_turns: int
+) -> list[tuple[list[int], list[bool]]]:
+    """What ranks draw, in turns, from the same logits, of which each holds its part, and which rows they found broken."""
+    num_rows, vocab_size = logits.shape
+    num_bytes = VocabShards.num_bytes(vocab_size=vocab_size, num_ranks=peers.size, max_rows=num_rows, dtype=dtype)
+    memory = own_area(peers, num_bytes)
+    shards = VocabShards(peers, memory, vocab_size=vocab_size, max_rows=num_rows, dtype=dtype)
+    drawn = []
+    for turn in range(num_turns):
+        memory.fill_(0xFF)  # NaN, wherever nobody writes
+        shards.logits.copy_(logits[:, shards.first : shards.first + shards.width].roll(turn, 0))
+        broken = torch.ones(num_rows, dtype=torch.bool)
+        token_ids = torch.full((num_rows,), -5)
+        sample(shards.logits, columns, purpose=1, token_ids=token_ids, broken=broken, shards=shards)
+        drawn.append((token_ids.tolist(), broken.tolist()))
+        meet(peers)  # as the layers of the next step do
+    return drawn

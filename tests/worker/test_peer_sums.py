@@ -10,9 +10,11 @@ from peer_ranks import draw_by_native_model, run_ranks
 from plan_driver import PlanDriver
 from tiny_models import save_tiny_model
 
+from quire.common.messages import SamplingState
 from quire.common.model_folder import read_model_folder
 from quire.kernels.backend import IS_INTERPRETED
-from quire.worker.collectives_cuda import NUM_AREAS
+from quire.worker.collectives_cuda import peer_bytes
+from quire.worker.gpu_memory import draw_bytes
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.load_model import load_llama_model
 from quire.worker.runner import Runner
@@ -24,8 +26,11 @@ NUM_TOKENS = 4
 AREA_BYTES = 64 * 1024
 
 
-@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("qwen3", 2), ("qwen2", 4)])
-def test_ranks_draw_what_one_rank_draws(tmp_path: Path, name: str, size: int) -> None:
+SAMPLING = [SamplingState(temperature=0.9, seed=1), SamplingState(temperature=1.2, top_k=20, seed=2), SamplingState(top_p=0.8, seed=3)]
+
+
+@pytest.mark.parametrize(("name", "size", "sampling"), [("llama", 2, None), ("qwen3", 2, SAMPLING), ("qwen2", 4, None)])
+def test_ranks_draw_what_one_rank_draws(tmp_path: Path, name: str, size: int, sampling: list[SamplingState] | None) -> None:
     family, config = NATIVE_MODELS[name]
     path = save_tiny_model(tmp_path, family, **config)
     folder = read_model_folder(path)
@@ -36,7 +41,8 @@ def test_ranks_draw_what_one_rank_draws(tmp_path: Path, name: str, size: int) ->
     )  # fmt: skip
     with torch.inference_mode():
         runner = Runner(model, kv_cache, rank=0, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu")
-        expected = PlanDriver(runner).generate(PROMPTS, num_tokens=NUM_TOKENS, chunk=5, stagger=1)
-    arguments: tuple[Any, ...] = (str(path), PROMPTS, NUM_TOKENS, AREA_BYTES)
-    of_ranks = run_ranks(draw_by_native_model, size, *arguments, area_bytes=(NUM_AREAS + 2) * AREA_BYTES)
+        expected = PlanDriver(runner).generate(PROMPTS, num_tokens=NUM_TOKENS, chunk=5, stagger=1, sampling=sampling)
+    arguments: tuple[Any, ...] = (str(path), PROMPTS, NUM_TOKENS, AREA_BYTES, sampling)
+    num_bytes = peer_bytes(AREA_BYTES, draw_bytes(folder, dtype="float32", num_ranks=size, max_rows=4))
+    of_ranks = run_ranks(draw_by_native_model, size, *arguments, area_bytes=num_bytes)
     assert of_ranks == [expected] * size

@@ -17,6 +17,7 @@ from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rotary_store import rotary_store, rotary_table
 from quire.kernels.silu_mul import silu_mul
 from quire.kernels.skinny_linear import skinny_linear
+from quire.kernels.vocab_shards import VocabShards, shard_width
 from quire.worker.collectives import Collective
 from quire.worker.collectives_cuda import CudaCollective
 from quire.worker.kv_cache import KvCache
@@ -150,8 +151,19 @@ class LlamaShare:
         """Where this rank's part of `width` rows or columns begins and ends; parts differ by at most one."""
         return self.rank * width // self.size, (self.rank + 1) * width // self.size
 
-    def widths(self, width: int) -> list[int]:
-        return [(rank + 1) * width // self.size - rank * width // self.size for rank in range(self.size)]
+    @property
+    def vocab_bounds(self) -> tuple[int, int]:
+        """Where this rank's part of the vocabulary begins and ends."""
+        return self._vocab_bounds(self.rank)
+
+    @property
+    def vocab_widths(self) -> list[int]:
+        """Tokens of each rank's part."""
+        return [end - first for first, end in map(self._vocab_bounds, range(self.size))]
+
+    def _vocab_bounds(self, rank: int) -> tuple[int, int]:
+        vocab_size, width = self.config.vocab_size, shard_width(self.config.vocab_size, self.size)
+        return min(rank * width, vocab_size), min((rank + 1) * width, vocab_size)
 
 
 class LlamaModel:
@@ -255,16 +267,27 @@ class LlamaModel:
             normed = self._sum_norm(_MLP, down, next_norm, residual=residual, output=output if is_last else None)
         return normed
 
-    def logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
-        """Of normed hidden states [n, hidden_size]: [n, vocab_size] in the model's dtype, in `output` if given."""
-        if self._collective is None:
-            tile = head_tile(num_rows=len(hidden), num_inputs=self.config.hidden_size) if self._has_kernels else None
-            if tile is None:
-                return torch.mm(hidden, self.weights.head.t(), out=output)
-            return skinny_linear(hidden, self.weights.head, tile=tile, output=output)
-        part = F.linear(hidden, self.weights.head)
-        gathered = self._collective.gather_columns(part, self._share.widths(self.vocab_size))
-        return gathered if output is None else output.copy_(gathered)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of normed hidden states [n, hidden_size]: [n, vocab_size] in the model's dtype."""
+        return self.gather_logits(self.part_of_logits(hidden))
+
+    def part_of_logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
+        """Those of this rank's part of the vocabulary: [n, part's tokens], in `output` if given."""
+        tile = head_tile(num_rows=len(hidden), num_inputs=self.config.hidden_size) if self._has_kernels else None
+        if tile is None:
+            return torch.mm(hidden, self.weights.head.t(), out=output)
+        return skinny_linear(hidden, self.weights.head, tile=tile, output=output)
+
+    def gather_logits(self, part: Tensor) -> Tensor:
+        """All ranks' parts side by side; of a single rank its own."""
+        return part if self._collective is None else self._collective.gather_columns(part, self._share.vocab_widths)
+
+    def vocab_shards(self, *, max_rows: int) -> VocabShards | None:
+        """Where the group's ranks draw together, if they are on GPUs."""
+        if self._peers is None:
+            return None
+        dtype = self.weights.head.dtype
+        return VocabShards(self._peers.peers, self._peers.draw_memory, vocab_size=self.vocab_size, max_rows=max_rows, dtype=dtype)
 
     def _hidden_of_row(
         self, residual: Tensor, positions: Tensor, slot_mapping: Tensor, kv_cache: KvCache, attend: Attend, output: Tensor | None
@@ -316,7 +339,7 @@ class LlamaModel:
             residual = F.embedding(token_ids, self.weights.embedding)
             return residual, rms_norm(residual, norm, eps=eps)
         # Rows that are here, zeros for the others; the sum over ranks has them all.
-        first, end = self._share.bounds(self.vocab_size)
+        first, end = self._share.vocab_bounds
         is_here = (token_ids >= first) & (token_ids < end)
         embedded = F.embedding((token_ids - first).clamp(0, end - first - 1), self.weights.embedding).masked_fill_(~is_here[:, None], 0)
         if self._peers is None:

@@ -43,7 +43,7 @@ def empty_weights(share: LlamaShare, *, dtype: torch.dtype, device: str) -> Llam
 
     query_width, kv_width = share.num_heads * config.head_dim, share.num_kv_heads * config.head_dim
     first, end = share.bounds(config.intermediate_size)
-    vocab_first, vocab_end = share.bounds(config.vocab_size)
+    vocab_first, vocab_end = share.vocab_bounds
     layers = [
         LlamaLayer(
             input_norm=make(config.hidden_size),
@@ -109,7 +109,7 @@ def _parts(weights: LlamaWeights, share: LlamaShare) -> Iterator[_Part]:
     query_rows = share.rank * query_width, (share.rank + 1) * query_width
     kv_rows = share.first_kv_head * dim, share.first_kv_head * dim + kv_width
     mlp_rows = share.bounds(config.intermediate_size)
-    vocab_rows = share.bounds(config.vocab_size)
+    vocab_rows = share.vocab_bounds
     mlp_width = mlp_rows[1] - mlp_rows[0]
     yield _Part("model.embed_tokens.weight", weights.embedding, rows=vocab_rows)
     for index, layer in enumerate(weights.layers):
