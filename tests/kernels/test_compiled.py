@@ -110,10 +110,10 @@ def test_logits_of_few_rows_spill_nothing(num_rows: int) -> None:
 def test_products_of_a_row_spill_nothing_with_all_that_they_take_in(num_inputs: int, dtype: torch.dtype) -> None:
     row, norm = zeros(1, num_inputs, dtype=dtype), zeros(num_inputs, dtype=dtype)
     for has_norm in (True, False):
-        tile = row_tile(num_inputs=num_inputs, has_norm=has_norm)
-        assert tile is not None
         options: dict[str, Any] = {"norm": norm, "eps": 1e-5} if has_norm else {"residual": zeros(1, 4096, dtype=dtype)}
         for is_gated in (False, True)[: 1 + has_norm]:
+            tile = row_tile(num_inputs=num_inputs, is_gated=is_gated)
+            assert tile is not None
             weight = zeros(8192 if is_gated else 4096, num_inputs, dtype=dtype)
             for kernel in compiled(partial(skinny_linear, row, weight, tile=tile, is_gated=is_gated, **options)):
                 assert kernel.stack_bytes == 0

@@ -50,7 +50,11 @@ TILES = [
     LinearTile(4, 512, 4, 2, uses_tensor_cores=False),
     LinearTile(4, 1024, 4, 2, uses_tensor_cores=False),
     LinearTile(8, 512, 4, 2, uses_tensor_cores=False),
+    LinearTile(4, 1024, 2, 2, uses_tensor_cores=False),
     LinearTile(2, 1024, 2, 2, uses_tensor_cores=False),
+    LinearTile(2, 1024, 1, 2, uses_tensor_cores=False),
+    LinearTile(2, 512, 1, 2, uses_tensor_cores=False),
+    LinearTile(1, 4096, 1, 2, uses_tensor_cores=False),
     LinearTile(1, 1024, 1, 2, uses_tensor_cores=False),
 ]
 # More than any cache: launches take turns over so many bytes of weights.

@@ -182,7 +182,7 @@ class LlamaModel:
         # Our own products of few rows are for GPUs and the 16-bit types of tensor cores.
         self._has_kernels = weights.embedding.is_cuda and weights.embedding.dtype.itemsize == 2
         widths = (share.config.hidden_size, share.num_heads * share.config.head_dim, weights.layers[0].down.shape[1])
-        has_tiles = all(row_tile(num_inputs=width, has_norm=False) is not None for width in widths)
+        has_tiles = all(row_tile(num_inputs=width) is not None for width in widths)
         is_on_gpus = collective is None or self._peers is not None
         self._has_row_products = self._has_kernels and has_tiles and is_on_gpus and not share.config.has_qkv_bias
         frequencies = rope_frequencies(share.config, device=weights.embedding.device)
@@ -317,10 +317,10 @@ class LlamaModel:
             self._add_row_product(_MLP, gated, layer.down, residual=residual)
         return rms_norm(residual, self.weights.final_norm, eps=config.norm_eps, output=output)
 
-    def _row_product(self, row: Tensor, weight: Tensor, *, norm: Tensor | None = None, **how: Any) -> Tensor:
-        tile = row_tile(num_inputs=row.shape[1], has_norm=norm is not None)
+    def _row_product(self, row: Tensor, weight: Tensor, *, is_gated: bool = False, **how: Any) -> Tensor:
+        tile = row_tile(num_inputs=row.shape[1], is_gated=is_gated)
         assert tile is not None, weight.shape
-        return skinny_linear(row, weight, tile=tile, norm=norm, eps=self.config.norm_eps, **how)
+        return skinny_linear(row, weight, tile=tile, is_gated=is_gated, eps=self.config.norm_eps, **how)
 
     def _add_row_product(self, area: int, row: Tensor, weight: Tensor, *, residual: Tensor) -> None:
         """Add a linear layer of a row, summed over ranks, to the residual stream: [1, hidden_size], in place."""
