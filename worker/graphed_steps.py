@@ -29,6 +29,8 @@ from quire.worker.static_step import StaticStep, StepLayout, lay_out
 
 _log = logging.getLogger(__name__)
 
+# A step of at least so many tokens for each row that there may be is narrowed behind its last attention.
+_MIN_TOKENS_PER_SAMPLE: Final = 2
 KINDS: Final = ("dense", "mixed", "decode", "logits", "draw")
 
 
@@ -105,7 +107,7 @@ class GraphedSteps:
         places = np.concatenate((np.array(sources, np.int64), np.arange(first, layout.num_tokens)))
         sampled = np.concatenate((np.array([row for _, row in samples], np.int64), decoding)) if samples else decoding
         spans = prompt_spans(batch, chunks, layout.chunk_places)
-        self._run_layers(layout, places, sampled)
+        self._run_layers(layout, places, sampled, needs_all=bool(spans))
         prompts = PromptLogprobs(batch, spans, self._logits_of) if spans else None
         self._steady = None
         if not len(sampled):
@@ -120,11 +122,13 @@ class GraphedSteps:
 
         All ranks of a group must ask for them.
         """
-        return self._model.gather_logits(self._logits[:num_samples])
+        logits = self._logits[:num_samples]
+        return logits if self._shards is None else self._model.gather_logits(logits)
 
     # -- launches ---------------------------------------------------------------------------------------------------
 
-    def _run_layers(self, layout: StepLayout, places: RowIds, sampled: RowIds) -> None:
+    def _run_layers(self, layout: StepLayout, places: RowIds, sampled: RowIds, *, needs_all: bool) -> None:
+        """needs_all: whether the hidden states of all tokens are asked for, which no graph of a narrowed step has."""
         num_tokens = layout.num_tokens
         if not layout.longer:
             size = next(size for size in self._decode_sizes if size >= num_tokens)
@@ -133,18 +137,28 @@ class GraphedSteps:
             return
         dense = self._dense_chunks(layout)
         alone = next((size for size in self._dense_sizes if size >= num_tokens), None)
-        if alone is not None and list(dense.values()) == [(0, num_tokens)]:
-            self._step.fill(layout, num_padded=alone, places=places, sample_rows=sampled, dense_rows=dense)
+        if alone is not None and list(dense.values()) == [(0, num_tokens)] and not needs_all:
+            narrowed = self._is_narrowed(alone)
+            self._step.fill(layout, num_padded=alone, places=places, sample_rows=sampled, dense_rows=dense, is_narrowed=narrowed)
             self._launch(("dense", alone), lambda: self._dense_layers(alone))
             return
         mixed = next((size for size in self._mixed_sizes if size >= num_tokens), None)
-        if mixed is not None and len(layout.longer) <= max_chunks(mixed):
-            self._step.fill(layout, num_padded=mixed, places=places, sample_rows=sampled)
+        if mixed is not None and len(layout.longer) <= max_chunks(mixed) and not (needs_all and self._is_narrowed(mixed)):
+            self._step.fill(layout, num_padded=mixed, places=places, sample_rows=sampled, is_narrowed=self._is_narrowed(mixed))
             self._launch(("mixed", mixed), lambda: self._mixed_layers(mixed))
             return
-        num_pieces = self._step.fill(layout, num_padded=num_tokens, places=places, sample_rows=sampled, dense_rows=dense)
+        narrowed = self._is_narrowed(num_tokens) and not needs_all
+        num_pieces = self._step.fill(
+            layout, num_padded=num_tokens, places=places, sample_rows=sampled, dense_rows=dense, is_narrowed=narrowed
+        )
         num_decodes = self._batch.max_rows if len(layout.decodes) else 0
-        self._layers(num_tokens, num_pieces=num_pieces, num_decodes=num_decodes, has_chunks=True, dense=tuple(dense.values()))
+        spans = tuple(dense.values())
+        self._layers(num_tokens, num_pieces=num_pieces, num_decodes=num_decodes, has_chunks=True, dense=spans, needs_all=needs_all)
+
+    def _is_narrowed(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens has so few samples that its last layer goes on with their tokens alone: 1/32 of
+        a prompt's time with 32 layers."""
+        return num_tokens >= _MIN_TOKENS_PER_SAMPLE * self._batch.max_rows
 
     def _dense_chunks(self, layout: StepLayout) -> dict[int, tuple[int, int]]:
         """Long prompts that begin in this step: by row where their tokens begin, and their number."""
@@ -177,10 +191,12 @@ class GraphedSteps:
         num_decodes: int,
         has_chunks: bool = False,
         dense: tuple[tuple[int, int], ...] = (),
+        needs_all: bool = False,
     ) -> None:
-        """Everything up to the last hidden states of `num_tokens` tokens.
+        """Everything up to the last hidden states of `num_tokens` tokens, or of the samples' alone.
 
-        dense: where tokens of prompts begin that attend to nothing but themselves, and their number
+        dense:     where tokens of prompts begin that attend to nothing but themselves, and their number
+        needs_all: the states of all tokens are asked for, whatever their number
         """
         batch, step, model = self._batch, self._step, self._model
         tokens = StepTokens(step.tokens.token_ids[:num_tokens], step.tokens.positions[:num_tokens], step.tokens.slot_mapping[:num_tokens])
@@ -215,14 +231,16 @@ class GraphedSteps:
             return output
 
         num_dense = max((first + dense_attention.padded_size(count) for first, count in dense), default=None)
+        narrowed = has_chunks and self._is_narrowed(num_tokens) and not needs_all
         model.hidden(
             tokens.token_ids,
             tokens.positions,
             tokens.slot_mapping,
             self._kv_cache,
             attend,
-            output=self._hidden[:num_tokens],
+            output=self._hidden[: batch.max_rows if narrowed else num_tokens],
             num_dense=num_dense,
+            wanted=step.sample_places if narrowed else None,
         )
 
     def _sample(self, sampled: RowIds, size: int) -> GraphedDraw | Draw:
@@ -239,7 +257,11 @@ class GraphedSteps:
         return GraphedDraw(host, len(sampled), self._free_host)
 
     def _compute_logits(self, size: int) -> None:
-        self._model.part_of_logits(self._hidden.index_select(0, self._step.logits_places[:size]), output=self._logits[:size])
+        hidden = self._hidden.index_select(0, self._step.logits_places[:size])
+        if self._shards is None:
+            self._model.logits(hidden, output=self._logits[:size])
+        else:
+            self._model.part_of_logits(hidden, output=self._logits[:size])
 
     def _draw(self, size: int) -> None:
         batch = self._batch

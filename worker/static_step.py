@@ -59,7 +59,8 @@ class StaticStep:
 
     first_decode:  [1] int32; how many tokens come before those of decodes
     decode_rows:   [max_rows] int32; the batch row of each decode, then -1
-    logits_places: [max_rows] int32; where the token of each sample lies, then 0
+    sample_places: [max_rows] int32; where the token of each sample lies among the step's, then 0
+    logits_places: [max_rows] int32; where its hidden state lies, then 0
     sample_rows:   [max_rows] int32; the batch row of each sample, then -1
     spans:         [max_rows + 1, 4] int32, for prepare_inputs; the last one used is padding
     pieces:        [max_pieces, 4] int32, for paged_prefill; those behind the last have no queries
@@ -75,6 +76,7 @@ class StaticStep:
         sizes = {
             "first_decode": 4,  # one, and the next buffer begins at a multiple of 16 bytes
             "decode_rows": max_rows,
+            "sample_places": max_rows,
             "logits_places": max_rows,
             "sample_rows": max_rows,
             "spans": (max_rows + 1) * _SPAN,
@@ -90,6 +92,7 @@ class StaticStep:
             first += size
         self.first_decode = self._words[self._ranges["first_decode"]][:1]
         self.decode_rows = self._words[self._ranges["decode_rows"]][:max_rows]
+        self.sample_places = self._words[self._ranges["sample_places"]][:max_rows]
         self.logits_places = self._words[self._ranges["logits_places"]][:max_rows]
         self.sample_rows = self._words[self._ranges["sample_rows"]][:max_rows]
         self.spans = self._words[self._ranges["spans"]][: (max_rows + 1) * _SPAN].view(-1, _SPAN)
@@ -107,6 +110,7 @@ class StaticStep:
         places: Sequence[int] | RowIds,
         sample_rows: Sequence[int] | RowIds,
         dense_rows: Container[int] = (),
+        is_narrowed: bool = False,
     ) -> int:
         """Put a step in; returns its number of prefill pieces.
 
@@ -114,12 +118,14 @@ class StaticStep:
         places:      where the token of each sample lies
         sample_rows: the batch row of each sample
         dense_rows:  the batch rows of chunks that need no pieces
+        is_narrowed: whether the hidden states of samples will lie behind each other, and there will be no others
         """
         host = self._host
         num_decodes, num_longer = len(layout.decodes), len(layout.longer)
         host[self._ranges["first_decode"].start] = layout.num_chunk_tokens
         self._put("decode_rows", layout.decodes, -1)
-        self._put("logits_places", places, 0)
+        self._put("sample_places", places, 0)
+        self._put("logits_places", np.arange(len(places)) if is_narrowed else places, 0)
         self._put("sample_rows", sample_rows, -1)
         spans = host[self._ranges["spans"]].reshape(-1, _SPAN)
         place = 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from native_models import NATIVE_MODELS
 from plan_driver import PlanDriver
+from safetensors.torch import load_file
 from thread_ranks import ThreadRanks, load_parts
 from tiny_families import SIZES
 from tiny_models import save_tiny_model
@@ -19,8 +20,8 @@ from quire.common.messages import Chunk, SamplingState
 from quire.common.model_folder import read_model_folder
 from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
-from quire.worker.models.llama import LlamaModel, LlamaShare, read_llama_config
-from quire.worker.models.llama_weights import empty_weights, fill_at_random
+from quire.worker.models.llama import LlamaLayer, LlamaModel, LlamaShare, read_llama_config
+from quire.worker.models.llama_weights import empty_weights, fill_at_random, fill_from_files
 from quire.worker.models.load_model import load_llama_model
 from quire.worker.models.transformers_model import load_transformers_model
 from quire.worker.runner import Runner
@@ -174,3 +175,28 @@ def test_eight_ranks_share_four_kv_heads(tmp_path: Path) -> None:
     split = load_parts(parts, ranks)
     for logits in ranks.run(lambda collective: split[collective.rank].own_logits(token_ids)):
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_read_their_own_part_of_the_files_and_no_more(folder: Path, size: int) -> None:
+    model = read_model_folder(folder)
+    config = read_llama_config(model)
+    read = []
+    own = []
+    for rank in range(size):
+        share = LlamaShare(config, rank, size)
+        weights = empty_weights(share, dtype=torch.float32, device="cpu")
+        read.append(fill_from_files(weights, share, model))
+        tensors = {id(tensor): tensor for layer in weights.layers for tensor in _tensors(layer)}
+        tensors |= {id(tensor): tensor for tensor in (weights.embedding, weights.head, weights.final_norm)}
+        own.append(sum(tensor.nbytes for tensor in tensors.values()))
+    assert read == own
+    whole = sum(tensor.nbytes for path in model.weight_files for tensor in load_file(folder / path).values())
+    if size == 1:
+        assert read == [whole]
+    # Norms, and keys and values of fewer heads than ranks, are read by several; all else is split.
+    assert max(read) < 1.35 * whole / size
+
+
+def _tensors(layer: LlamaLayer) -> list[torch.Tensor]:
+    return [tensor for name in LlamaLayer.__slots__ if (tensor := getattr(layer, name)) is not None]

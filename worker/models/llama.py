@@ -226,12 +226,15 @@ class LlamaModel:
         *,
         output: Tensor | None = None,
         num_dense: int | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """The normed last hidden state of every token: [num_tokens, hidden_size], in `output` if given.
 
         token_ids, positions, slot_mapping: [num_tokens] int64; a slot of -1 is of padding, whose result is anything
         num_dense: None: `attend` reads keys and values from the cache alone. Else it is given rotated keys, and zeros behind the
                    step's tokens up to so many
+        wanted:    [n] integers: the places of the tokens whose states are asked for, which then are the result, [n, hidden_size].
+                   Nothing reads the other tokens' behind the last layer's attention, so they end there
         """
         config, weights = self.config, self.weights
         num_tokens = token_ids.shape[0]
@@ -257,19 +260,24 @@ class LlamaModel:
                 output=queries[:num_tokens],
                 key_output=None if num_dense is None else keys[:num_tokens],
             )
-            attended = attend(queries, keys, values, cache)
-            projected = self._partial_product(_ATTENDED, attended.view(num_tokens, query_width), layer.output)
+            attended = attend(queries, keys, values, cache).view(num_tokens, query_width)
+            is_last = index + 1 == len(weights.layers)
+            if is_last and wanted is not None:
+                attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
+            projected = self._partial_product(_ATTENDED, attended, layer.output)
             normed = self._sum_norm(_ATTENDED, projected, layer.mlp_norm, residual=residual)
             gated = silu_mul(F.linear(normed, layer.gate_up))
             down = self._partial_product(_MLP, gated, layer.down)
-            is_last = index + 1 == len(weights.layers)
             next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
             normed = self._sum_norm(_MLP, down, next_norm, residual=residual, output=output if is_last else None)
         return normed
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Of normed hidden states [n, hidden_size]: [n, vocab_size] in the model's dtype."""
-        return self.gather_logits(self.part_of_logits(hidden))
+    def logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
+        """Of normed hidden states [n, hidden_size]: [n, vocab_size] in the model's dtype, in `output` if given."""
+        if self._collective is None:
+            return self.part_of_logits(hidden, output=output)
+        gathered = self.gather_logits(self.part_of_logits(hidden))
+        return gathered if output is None else output.copy_(gathered)
 
     def part_of_logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
         """Those of this rank's part of the vocabulary: [n, part's tokens], in `output` if given."""

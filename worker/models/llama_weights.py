@@ -74,8 +74,8 @@ def fill_at_random(weights: LlamaWeights, share: LlamaShare, *, seed: int = 0) -
             part.target.normal_(0.0, _DUMMY_DEVIATION, generator=generator)
 
 
-def fill_from_files(weights: LlamaWeights, share: LlamaShare, folder: ModelFolder) -> None:
-    """Read this rank's part of every tensor.
+def fill_from_files(weights: LlamaWeights, share: LlamaShare, folder: ModelFolder) -> int:
+    """Read this rank's part of every tensor, and nothing else of them; bytes taken from the files.
 
     Raises:
         ConfigError: the files do not hold exactly the family's weights, by the first name that is wrong.
@@ -100,6 +100,7 @@ def fill_from_files(weights: LlamaWeights, share: LlamaShare, folder: ModelFolde
         num_bytes = sum(readers.map(lambda job: _read_parts(folder, *job, prefix=prefix), jobs))
     took_s = time.perf_counter() - started_s
     _log.info("read %.2f GiB of weights in %.2f s, %.1f GB/s", num_bytes / 2**30, took_s, num_bytes / took_s / 1e9)
+    return num_bytes
 
 
 def _parts(weights: LlamaWeights, share: LlamaShare) -> Iterator[_Part]:
@@ -162,7 +163,7 @@ def _read_parts(folder: ModelFolder, path: str, parts: list[_Part], *, prefix: s
                 part.target.copy_(source)
             else:
                 staging.send(source, part.target)
-            num_bytes += part.target.nbytes
+            num_bytes += source.nbytes
         if staging is not None:
             staging.wait()
     return num_bytes

@@ -50,7 +50,7 @@ def pack_linears(module: Any) -> int:
     num_packed = 0
     shared = _shared_weights(module)
     for name, layer in list(module.named_modules()):
-        if type(layer) not in (nn.Linear, Conv1D) or layer.weight.dtype not in _MAX_RELATIVE_ERROR or layer.weight.device.type != "cpu":
+        if type(layer) not in (nn.Linear, Conv1D) or not can_pack(layer.weight.dtype) or layer.weight.device.type != "cpu":
             continue
         weight = layer.weight.detach()
         bias = None if layer.bias is None else layer.bias.detach()
@@ -65,11 +65,17 @@ def pack_linears(module: Any) -> int:
     return num_packed
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes linear layers of this dtype on this machine: bfloat16 wants AVX-512 or AVX-NE-CONVERT of it."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype in _MAX_RELATIVE_ERROR
+
+
 def _is_there() -> bool:
     """Whether this torch has oneDNN's operators: they are what torch.compile calls, and not part of its documented interface."""
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-    )
+    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def _shared_weights(module: Any) -> set[int]:
