@@ -2,7 +2,8 @@
 
 Of KubeRay's RayCluster (v1, operator 1.5) and the Prometheus operator's kinds (v1) the schemas below are ours, of the fields that
 we may set; what they embed of Kubernetes (pod templates, environment) is checked against Kubernetes' own schemas. No field that is
-not named here passes, so a new one needs a look at the operator's documentation.
+not named here passes, so a new one needs a look at the operator's documentation. operator_crds.py has the CRDs that a cluster with
+those operators published; they are a download, and KubeRay's is of an older operator.
 """
 
 from collections.abc import Iterator
