@@ -14,7 +14,7 @@ from streams import Streams
 
 from quire.client import Client
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.slow
 
 NUM_STREAMS: Final = 8
 NUM_TOKENS: Final = 60
