@@ -5,6 +5,7 @@ import copy
 import os
 import random
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from types import TracebackType
@@ -29,7 +30,7 @@ from quire.client.settings import (
     changed,
     resolve_settings,
 )
-from quire.client.trace_context import Metadata, traced
+from quire.client.trace_context import Call, Metadata, traced
 from quire.common.errors import Cancelled, QuireError
 from quire.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -158,7 +159,7 @@ class AsyncClient:
             def make(metadata: Metadata) -> "grpc.aio.UnaryStreamCall[Any, inference_pb2.GenerateStreamResponse]":
                 return self._connection.inference.GenerateStream(request, timeout=time_left_s, metadata=metadata)
 
-            return traced(make, self._settings.metadata, request)
+            return self._connection.watch(traced(make, self._settings.metadata, request))
 
         return AsyncStream(open_call, tries=self._tries(timeout_s), as_error=self._as_error(timeout_s))
 
@@ -175,7 +176,7 @@ class AsyncClient:
                 return method(request, timeout=time_left_s, metadata=metadata)
 
             try:
-                return await traced(make, self._settings.metadata, request)
+                return await self._connection.watch(traced(make, self._settings.metadata, request))
             except grpc.RpcError as rpc_error:
                 error = self._as_error(timeout_s)(rpc_error)
                 delay_s = tries.delay_after_s(error, now_s=time.monotonic())
@@ -255,6 +256,13 @@ class _Connection:
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
+        self._calls: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def watch(self, call: Call) -> Call:
+        """The call, which closing will end. gRPC's own close looks for calls in the frames of tasks, and so misses those that a
+        task has between two reads."""
+        self._calls.add(call)
+        return call
 
     @cached_property
     def channel(self) -> grpc.aio.Channel:
@@ -269,5 +277,7 @@ class _Connection:
         return cluster_pb2_grpc.ClusterServiceStub(self.channel)
 
     async def close(self) -> None:
+        for call in list(self._calls):
+            call.cancel()
         if "channel" in self.__dict__:
             await self.channel.close()

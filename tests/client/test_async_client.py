@@ -104,6 +104,18 @@ async def test_closing_the_client_ends_a_running_call(server: FakeServer, stream
     assert await asyncio.to_thread(server.cancelled.wait, 5)
 
 
+async def test_closing_the_client_ends_a_stream_that_nobody_reads_just_now(server: FakeServer) -> None:
+    server.script = [Reply(hang=True)]
+    client = AsyncClient(server.address)
+    stream = client.stream("x")
+    await anext(stream)
+    await client.close()
+    assert await asyncio.to_thread(server.cancelled.wait, 5)
+    with pytest.raises(Cancelled):
+        async for _ in stream:
+            pass
+
+
 async def test_leaving_the_block_of_a_stream_cancels_it(server: FakeServer, client: AsyncClient) -> None:
     server.script = [Reply(hang=True)]
     async with client.stream("x") as stream:
