@@ -20,6 +20,7 @@ from quire.common.messages import Chunk, SamplingState
 from quire.common.model_folder import read_model_folder
 from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
+from quire.worker.models import llama
 from quire.worker.models.llama import LlamaLayer, LlamaModel, LlamaShare, read_llama_config
 from quire.worker.models.llama_weights import empty_weights, fill_at_random, fill_from_files
 from quire.worker.models.load_model import load_llama_model
@@ -175,6 +176,13 @@ def test_eight_ranks_share_four_kv_heads(tmp_path: Path) -> None:
     split = load_parts(parts, ranks)
     for logits in ranks.run(lambda collective: split[collective.rank].own_logits(token_ids)):
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_many_rows_that_add_to_the_residual_stream_give_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "MIN_ROWS_ADDED_BY_PRODUCTS", 8)
+    prompts = prompts_of(40, 3, 17)
+    runner = runner_of(load_llama_model(read_model_folder(folder), dtype="float32", device="cpu"))
+    assert PlanDriver(runner).generate(prompts, num_tokens=NUM_TOKENS, chunk=64) == continued(folder, prompts)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

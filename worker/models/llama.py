@@ -25,6 +25,8 @@ from quire.worker.step_inputs import StepInputs
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 
+# From so many rows on a product is bound by its operations, and adds to the residual stream on its way; the norm then reads half as much.
+MIN_ROWS_ADDED_BY_PRODUCTS: Final = 1024
 # Which of a CudaCollective's areas a partial result lies in: never that of the one before.
 _EMBEDDED: Final = 0
 _ATTENDED: Final = 1
@@ -264,12 +266,11 @@ class LlamaModel:
             is_last = index + 1 == len(weights.layers)
             if is_last and wanted is not None:
                 attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
-            projected = self._partial_product(_ATTENDED, attended, layer.output)
-            normed = self._sum_norm(_ATTENDED, projected, layer.mlp_norm, residual=residual)
+            normed = self._add_product(_ATTENDED, attended, layer.output, layer.mlp_norm, residual=residual)
             gated = silu_mul(F.linear(normed, layer.gate_up))
-            down = self._partial_product(_MLP, gated, layer.down)
             next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
-            normed = self._sum_norm(_MLP, down, next_norm, residual=residual, output=output if is_last else None)
+            target = output if is_last else None
+            normed = self._add_product(_MLP, gated, layer.down, next_norm, residual=residual, output=target)
         return normed
 
     def logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
@@ -358,20 +359,22 @@ class LlamaModel:
         self._peers.sum_norm(_EMBEDDED, norm, residual=embedded, eps=eps, output=normed, adds=False)
         return embedded, normed
 
-    def _partial_product(self, area: int, inputs: Tensor, weight: Tensor) -> Tensor:
-        """A linear layer whose result is a part of a sum over ranks."""
+    def _add_product(
+        self, area: int, inputs: Tensor, weight: Tensor, norm: Tensor, *, residual: Tensor, output: Tensor | None = None
+    ) -> Tensor:
+        """Add a linear layer, summed over ranks, to the residual stream, in place; the norm of that."""
+        eps = self.config.norm_eps
+        if self._collective is None and len(inputs) >= MIN_ROWS_ADDED_BY_PRODUCTS:
+            residual.addmm_(inputs, weight.t())
+            return rms_norm(residual, norm, eps=eps, output=output)
         if self._peers is None:
-            return F.linear(inputs, weight)
-        return torch.mm(inputs, weight.t(), out=self._peers.partial(area, len(inputs), len(weight), inputs.dtype))
-
-    def _sum_norm(self, area: int, partial: Tensor, norm: Tensor, *, residual: Tensor, output: Tensor | None = None) -> Tensor:
-        """Add the sum over ranks of partial results to the residual stream, in place; the norm of that."""
-        if self._peers is None:
+            product = F.linear(inputs, weight)
             if self._collective is not None:
-                self._collective.all_reduce(partial)
-            return rms_norm(partial, norm, eps=self.config.norm_eps, residual=residual, output=output)
+                self._collective.all_reduce(product)
+            return rms_norm(product, norm, eps=eps, residual=residual, output=output)
+        torch.mm(inputs, weight.t(), out=self._peers.partial(area, len(inputs), len(weight), inputs.dtype))
         normed = torch.empty_like(residual) if output is None else output
-        self._peers.sum_norm(area, norm, residual=residual, eps=self.config.norm_eps, output=normed)
+        self._peers.sum_norm(area, norm, residual=residual, eps=eps, output=normed)
         return normed
 
 
