@@ -159,12 +159,7 @@ def judge_kernel(
         row_logits = logits + row * logits_stride
         row_listed = listed + row * num_groups
         group = tl.arange(0, GROUPS)
-        if SIZE == 1:
-            groups_of_rank = num_groups
-            groups_at = of_groups + row * num_groups + group
-        else:
-            groups_of_rank = WIDTH // GROUP
-            groups_at = _on_rank(of_groups, areas, own_rank, group // groups_of_rank, SIZE) + row * groups_of_rank + group % groups_of_rank
+        groups_at = _groups_at(of_groups, areas, own_rank, row, group, num_groups, SIZE, WIDTH, GROUP)
         peaks = tl.load(groups_at, mask=group < num_groups, other=float("-inf"))
         tail = (1.0 - mass).to(tl.float32)
         least = tl.minimum(tl.maximum(least, 0.0), 1.0)
@@ -213,7 +208,9 @@ def judge_kernel(
                 is_open = (peaks >= chosen) & (tl.exp((peaks - largest) / heat) >= least)
                 untried = tl.full([], float("-inf"), tl.float32)
                 if not has_top_k:
-                    bounds = tl.load(groups_at + num_rows * groups_of_rank, mask=is_open, other=float("-inf"))
+                    # Made anew: kept from above, the places would take registers that nothing has to spare.
+                    groups_at = _groups_at(of_groups, areas, own_rank, row + num_rows, group, num_groups, SIZE, WIDTH, GROUP)
+                    bounds = tl.load(groups_at, mask=is_open, other=float("-inf"))
                     is_tried = is_open & (_key(bounds) >= _bound_of_kth_largest(_key(bounds), is_open, GROUPS_OF_TURN // 2))
                     untried = tl.max(tl.where(is_tried, float("-inf"), bounds), 0)
                     num_listed = _list_groups(row_listed, group, is_tried)
@@ -344,6 +341,26 @@ def _on_rank(own: tl.tensor, areas: tl.tensor, own_rank: int, rank: tl.tensor, S
         shift = tl.load(areas + tl.minimum(rank, SIZE - 1)) - tl.load(areas + own_rank)
         place = (own.to(tl.int64) + shift).to(tl.pointer_type(own.dtype.element_ty))
     return place
+
+
+@triton.jit
+def _groups_at(
+    of_groups: tl.tensor,
+    areas: tl.tensor,
+    own_rank: int,
+    row: tl.tensor,
+    group: tl.tensor,
+    num_groups: int,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> tl.tensor:
+    """Where the numbers of a row's groups lie."""
+    places = of_groups + row * num_groups + group
+    if SIZE > 1:
+        of_rank: tl.constexpr = WIDTH // GROUP
+        places = _on_rank(of_groups, areas, own_rank, group // of_rank, SIZE) + row * of_rank + group % of_rank
+    return places
 
 
 @triton.jit
