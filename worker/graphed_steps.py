@@ -152,8 +152,8 @@ class GraphedSteps:
             layout, num_padded=num_tokens, places=places, sample_rows=sampled, dense_rows=dense, is_narrowed=narrowed
         )
         num_decodes = self._batch.max_rows if len(layout.decodes) else 0
-        spans = tuple(dense.values())
-        self._layers(num_tokens, num_pieces=num_pieces, num_decodes=num_decodes, has_chunks=True, dense=spans, needs_all=needs_all)
+        whole_prompts = tuple(dense.values())
+        self._layers(num_tokens, num_pieces=num_pieces, num_decodes=num_decodes, has_chunks=True, dense=whole_prompts, needs_all=needs_all)
 
     def _is_narrowed(self, num_tokens: int) -> bool:
         """Whether a step of so many tokens has so few samples that its last layer goes on with their tokens alone: 1/32 of
