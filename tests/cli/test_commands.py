@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from fake_inference_server import Failure, FakeServer, Reply
+from fake_inference_server import Failure, FakeServer, Reply, fake_group
 from quire_command import QUIRE, environment, quire, start_quire
 
 from quire.cli.request_flags import FLAGS
@@ -211,6 +211,20 @@ def test_scale_says_what_there_is_and_waits_no_longer_than_told(server: FakeServ
     assert (done.returncode, done.stderr) == (1, "quire: there is no place for so many\n")
     done = quire("scale", "9", address=server.address)
     assert (done.returncode, done.stderr.count("'9' is not MODEL=N")) == (2, 1)
+
+
+def test_scale_waits_for_room_that_is_on_its_way(server: FakeServer) -> None:
+    model = server.groups[0].model
+    no_room = "quire: there is no place for so many\n"
+    done = quire("scale", f"{model}=2", "--wait", "1", address=server.address)
+    waiting = "quire: waiting up to 1 s for hosts that are on their way\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", no_room + waiting + no_room)
+    with start_quire("scale", f"{model}=2", "--wait", "30", address=server.address) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == no_room
+        server.groups.append(fake_group("group-1"))
+        output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "group-0: READY, term 1\ngroup-1: READY, term 1\n" * 2)
 
 
 def test_restart_waits_until_the_group_was_restarted(server: FakeServer) -> None:

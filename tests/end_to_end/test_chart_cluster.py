@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from helm_chart import CHART, Rendered, pod_templates, render
-from quire_command import quire
+from quire_command import quire, start_quire
 from serving import wait_for
 from two_hosts import READY_TIMEOUT_S, TwoHosts
 
@@ -126,9 +126,12 @@ def test_a_release_is_installed_scaled_and_loses_a_node(tmp_path: Path) -> None:
             assert pod_templates(scaled) == pod_templates(rendered)
             replicas = scaled.one("RayCluster")["spec"]["workerGroupSpecs"][0]["replicas"]
             assert (worker["replicas"], replicas) == (1, 2)
-            second_node = hosts.start_worker(hosts.ray_address)
-            done = quire("scale", f"{MODEL}=2", "--wait", "60", "--address", pods.address, timeout_s=TIMEOUT_S)
-            assert done.returncode == 0, done.stdout + done.stderr
+            with start_quire("scale", f"{MODEL}=2", "--wait", str(TIMEOUT_S), address=pods.address) as scaling:
+                assert scaling.stderr is not None
+                assert "room for 0 more" in scaling.stderr.readline(), "`helm upgrade` is done, and its pod is not there yet"
+                second_node = hosts.start_worker(hosts.ray_address)
+                output, errors = scaling.communicate(timeout=2 * TIMEOUT_S)
+            assert scaling.returncode == 0, output + errors
             assert [each.state for each in client.cluster.groups()] == ["READY", "READY"]
 
             # Lose a node under load: what it ran goes on elsewhere, and its group comes back on the next one.
