@@ -13,8 +13,7 @@ from quire.bench.cpu_workload import OUTPUT_TOKENS, PROMPT_TOKENS, Requests
 from quire.bench.plan_loop import run_requests
 from quire.common.model_folder import read_model_folder
 from quire.worker.kv_cache import KvCache
-from quire.worker.models.load_model import DTYPES
-from quire.worker.models.transformers_model import load_transformers_model
+from quire.worker.models.load_model import DTYPES, load_model
 from quire.worker.runner import Runner
 
 BATCH: Final = 32
@@ -44,7 +43,7 @@ class Quire:
 
     def __init__(self, folder: Path, *, dtype: str) -> None:
         model_folder = read_model_folder(folder)
-        model = load_transformers_model(model_folder, dtype=dtype, device="cpu")
+        model = load_model(model_folder, dtype=dtype, device="cpu", backend="auto")
         longest = PROMPT_TOKENS[1] + OUTPUT_TOKENS[1]
         kv_cache = KvCache(
             num_blocks=BATCH * -(-longest // BLOCK_SIZE),

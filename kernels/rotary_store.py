@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels.backend import runs_triton
-from quire.kernels.store_kv import store_kv_reference
+from quire.kernels.store_kv import store_kv, store_kv_reference
 
 
 def rotary_store(
@@ -43,11 +43,12 @@ def rotary_store(
     assert query.stride(2) == key.stride(2) == value.stride(2) == 1, (query.stride(), key.stride(), value.stride())
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device) if output is None else output
     if not runs_triton(query):
-        rotary_store_reference(
-            query, key, value, kv_cache, slot_mapping, positions, cos_sin, query_norm=query_norm, key_norm=key_norm, eps=eps, output=output,
-            key_output=key_output,
-        )  # fmt: skip
-        return output
+        cos, sin = cos_sin[positions][:, None].chunk(2, dim=-1)
+        turned_key = _rotated(key, key_norm, cos, sin, eps)
+        store_kv(turned_key, value, kv_cache, slot_mapping)
+        if key_output is not None:
+            key_output.copy_(turned_key)
+        return output.copy_(_rotated(query, query_norm, cos, sin, eps))
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
@@ -227,19 +228,20 @@ def rotary_store_reference(
     key_output: Tensor | None = None,
 ) -> None:
     """The same, step by step."""
-    rotary_dim = cos_sin.shape[1]
-    cos, sin = cos_sin[positions].chunk(2, dim=1)
-
-    def rotated(heads: Tensor, norm: Tensor | None) -> Tensor:
-        numbers = heads.float()
-        if norm is not None:
-            numbers = numbers * torch.rsqrt(numbers.square().mean(-1, keepdim=True) + eps) * norm.float()
-        first, second = numbers[..., :rotary_dim].chunk(2, dim=-1)
-        turned = torch.cat((first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), dim=-1)
-        return torch.cat((turned, numbers[..., rotary_dim:]), dim=-1).to(heads.dtype)
-
-    turned_key = rotated(key, key_norm)
-    output.copy_(rotated(query, query_norm))
+    cos, sin = cos_sin[positions][:, None].chunk(2, dim=-1)
+    turned_key = _rotated(key, key_norm, cos, sin, eps)
+    output.copy_(_rotated(query, query_norm, cos, sin, eps))
     store_kv_reference(turned_key, value, kv_cache, slot_mapping)
     if key_output is not None:
         key_output.copy_(turned_key)
+
+
+def _rotated(heads: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Heads [num_tokens, num_heads, head_dim], normed if told and turned by cos and sin, [num_tokens, 1, rotary_dim / 2]."""
+    numbers = heads.float()
+    if norm is not None:
+        numbers = numbers * torch.rsqrt(numbers.square().mean(-1, keepdim=True) + eps) * norm.float()
+    rotary_dim = 2 * cos.shape[-1]
+    first, second = numbers[..., :rotary_dim].chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin, numbers[..., rotary_dim:])
+    return torch.cat(turned, dim=-1).to(heads.dtype)

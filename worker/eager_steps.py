@@ -1,4 +1,4 @@
-"""Steps of a model that runs by transformers' modules: each operation launched by the host, in the sizes that the step has."""
+"""Steps of models without graphs: each operation launched by the host, in the sizes that the step has."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,13 +15,14 @@ from quire.worker.step_inputs import StepInputs, build_step_inputs
 
 # transformers takes seconds to import, and the native family needs none of it.
 if TYPE_CHECKING:
+    from quire.worker.models.llama import LlamaModel
     from quire.worker.models.transformers_model import TransformersModel
 
 
 class EagerSteps:
     """The forward passes and draws of one batch."""
 
-    def __init__(self, model: "TransformersModel", kv_cache: KvCache, batch: Batch) -> None:
+    def __init__(self, model: "LlamaModel | TransformersModel", kv_cache: KvCache, batch: Batch) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._batch = batch

@@ -42,10 +42,12 @@ class Runner:
         max_batched_tokens: int = 0,
         num_cpu_blocks: int = 0,
         slabs: Sequence[Tensor] | None = None,
+        has_static_steps: bool | None = None,
     ) -> None:
         """
         max_batched_tokens: of a step; 0 for as many as a row can hold
         slabs:              memory of the swap pool, on a GPU, where it is pinned already
+        has_static_steps:   whether a native model runs by GraphedSteps; None: on GPUs alone. Padded sizes are for graphs
         """
         self.model = model
         self.kv_cache = kv_cache
@@ -63,7 +65,9 @@ class Runner:
             device=device,
         )
         self.steps: GraphedSteps | EagerSteps
-        if isinstance(model, LlamaModel):
+        if has_static_steps is None:
+            has_static_steps = kv_cache.blocks.is_cuda
+        if isinstance(model, LlamaModel) and has_static_steps:
             self.steps = GraphedSteps(model, kv_cache, self.batch, max_batched_tokens=max_batched_tokens or max_model_len)
         else:
             self.steps = EagerSteps(model, kv_cache, self.batch)

@@ -133,7 +133,9 @@ def draw_by_native_model(
         num_blocks=64, num_layers=folder.num_layers, num_kv_heads=model.num_kv_heads, block_size=4, head_dim=folder.head_dim,
         dtype=torch.float32, device="cpu",
     )  # fmt: skip
-    runner = Runner(model, kv_cache, rank=peers.rank, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu")
+    runner = Runner(
+        model, kv_cache, rank=peers.rank, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu", has_static_steps=True
+    )
     return PlanDriver(runner).generate(prompts, num_tokens=num_tokens, chunk=5, stagger=1, sampling=sampling)
 
 

@@ -2,16 +2,18 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from native_models import NATIVE_MODELS
 from plan_driver import PlanDriver
 from safetensors.torch import load_file
 from thread_ranks import ThreadRanks, load_parts
-from tiny_families import SIZES
+from tiny_families import FAMILIES, SIZES
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +22,12 @@ from quire.common.messages import Chunk, SamplingState
 from quire.common.model_folder import read_model_folder
 from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
-from quire.worker.models import llama
+from quire.worker.models import llama, packed_weight
 from quire.worker.models.llama import LlamaLayer, LlamaModel, LlamaShare, read_llama_config
 from quire.worker.models.llama_weights import empty_weights, fill_at_random, fill_from_files
-from quire.worker.models.load_model import load_llama_model
-from quire.worker.models.transformers_model import load_transformers_model
+from quire.worker.models.load_model import load_llama_model, load_model
+from quire.worker.models.packed_weight import packed_product
+from quire.worker.models.transformers_model import TransformersModel, load_transformers_model
 from quire.worker.runner import Runner
 
 VOCAB_SIZE = SIZES["vocab_size"]
@@ -42,7 +45,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_tiny_model(tmp_path_factory.mktemp(request.param), family, seed=3, **config)
 
 
-def runner_of(model: LlamaModel, *, block_size: int = 4, max_rows: int = 10) -> Runner:
+def runner_of(model: LlamaModel, *, block_size: int = 4, max_rows: int = 10, has_static_steps: bool = True) -> Runner:
+    """has_static_steps: as on a GPU"""
     folder = model.folder
     kv_cache = KvCache(
         num_blocks=256,
@@ -53,7 +57,23 @@ def runner_of(model: LlamaModel, *, block_size: int = 4, max_rows: int = 10) -> 
         dtype=torch.float32,
         device="cpu",
     )
-    return Runner(model, kv_cache, rank=0, max_rows=max_rows, max_model_len=200, max_batched_tokens=64, device="cpu")
+    return Runner(
+        model,
+        kv_cache,
+        rank=0,
+        max_rows=max_rows,
+        max_model_len=200,
+        max_batched_tokens=64,
+        device="cpu",
+        has_static_steps=has_static_steps,
+    )
+
+
+def load_native(folder: Path) -> LlamaModel:
+    """As a rank on a CPU loads it."""
+    model = load_model(read_model_folder(folder), dtype="float32", device="cpu", backend="native")
+    assert isinstance(model, LlamaModel)
+    return model
 
 
 def continued(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
@@ -71,6 +91,13 @@ def test_a_crowd_is_continued_as_transformers_continues_each_alone(folder: Path,
     assert driver.generate(prompts, num_tokens=NUM_TOKENS, chunk=chunk, stagger=stagger) == continued(folder, prompts)
 
 
+@pytest.mark.parametrize(("block_size", "chunk", "stagger"), [(4, 7, 1), (16, 100, 0), (1, 1, 2)])
+def test_a_crowd_on_a_cpu_is_continued_as_transformers_would(folder: Path, block_size: int, chunk: int, stagger: int) -> None:
+    prompts = prompts_of(1, 7, 16, 33, 2, 5)
+    driver = PlanDriver(runner_of(load_native(folder), block_size=block_size, has_static_steps=False))
+    assert driver.generate(prompts, num_tokens=NUM_TOKENS, chunk=chunk, stagger=stagger) == continued(folder, prompts)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_that_share_a_model_continue_as_transformers_does(folder: Path, size: int) -> None:
     """Four ranks are more than the two KV heads, which are then held twice each; a vocabulary of 513 is not divided evenly."""
@@ -78,13 +105,16 @@ def test_ranks_that_share_a_model_continue_as_transformers_does(folder: Path, si
     parts = read_model_folder(folder)
     ranks = ThreadRanks(size)
 
-    def generate(collective: Collective) -> list[list[int]]:
-        model = load_llama_model(parts, dtype="float32", device="cpu", collective=collective)
+    def generate(collective: Collective, *, has_static_steps: bool) -> list[list[int]]:
+        load = load_llama_model if has_static_steps else partial(load_model, backend="native")
+        model = load(parts, dtype="float32", device="cpu", collective=collective)
+        assert isinstance(model, LlamaModel)
         assert model.num_kv_heads == max(1, 2 // size)
         assert model.num_heads == 4 // size
-        return PlanDriver(runner_of(model)).generate(prompts, num_tokens=NUM_TOKENS, chunk=7, stagger=1)
+        driver = PlanDriver(runner_of(model, has_static_steps=has_static_steps))
+        return driver.generate(prompts, num_tokens=NUM_TOKENS, chunk=7, stagger=1)
 
-    first, *others = ranks.run(generate)
+    first, *others = ranks.run(partial(generate, has_static_steps=True)) + ranks.run(partial(generate, has_static_steps=False))
     assert first == continued(folder, prompts)
     assert all(other == first for other in others)
 
@@ -183,6 +213,39 @@ def test_products_of_many_rows_that_add_to_the_residual_stream_give_the_same(fol
     prompts = prompts_of(40, 3, 17)
     runner = runner_of(load_llama_model(read_model_folder(folder), dtype="float32", device="cpu"))
     assert PlanDriver(runner).generate(prompts, num_tokens=NUM_TOKENS, chunk=64) == continued(folder, prompts)
+
+
+def test_weights_on_a_cpu_are_laid_out_for_it_and_held_once(folder: Path) -> None:
+    weights = load_native(folder).weights
+    assert weights.product is packed_product
+    for layer in weights.layers:
+        assert [tensor.is_mkldnn for tensor in (layer.qkv, layer.output, layer.gate_up, layer.down)] == [True] * 4
+    assert weights.head.is_mkldnn == (weights.head is not weights.embedding)
+    assert not weights.embedding.is_mkldnn
+
+
+def test_weights_for_which_onednn_is_wrong_keep_their_layout(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packed_weight, "packed_product", lambda rows, weight: 2 * F.linear(rows, weight.to_dense()))
+    model = load_native(folder)
+    assert model.weights.product is F.linear
+    assert not any(tensor.is_mkldnn for layer in model.weights.layers for tensor in _tensors(layer))
+    assert "oneDNN computes a product with" in caplog.text
+    prompts = prompts_of(5, 17)
+    driver = PlanDriver(runner_of(model, has_static_steps=False))
+    assert driver.generate(prompts, num_tokens=NUM_TOKENS, chunk=8) == continued(folder, prompts)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", LlamaModel), ("tied", LlamaModel), ("gpt2", TransformersModel)])
+def test_our_own_modules_run_what_they_can(tmp_path: Path, family: str, kind: type) -> None:
+    name, config = FAMILIES[family]
+    folder = read_model_folder(save_tiny_model(tmp_path, name, **config))
+    assert type(load_model(folder, dtype="float32", device="cpu", backend="auto")) is kind
+    assert type(load_model(folder, dtype="float32", device="cpu", backend="transformers")) is TransformersModel
+    if kind is TransformersModel:
+        with pytest.raises(ConfigError, match="model_backend native does not run this model"):
+            load_model(folder, dtype="float32", device="cpu", backend="native")
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

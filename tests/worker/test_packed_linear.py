@@ -9,10 +9,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from quire.worker.models import packed_linear
-from quire.worker.models.packed_linear import PackedLinear, can_pack, pack_linears
+from quire.worker.models import packed_linear, packed_weight
+from quire.worker.models.packed_linear import PackedLinear, pack_linears
+from quire.worker.models.packed_weight import can_pack, is_there
 
-pytestmark = pytest.mark.skipif(not packed_linear._is_there(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not is_there(), reason="this torch has no oneDNN")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -56,7 +57,7 @@ def test_a_packed_model_holds_its_weights_once(tmp_path: Path, name: str) -> Non
 
 def test_a_layer_that_comes_out_differently_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: x)
+    monkeypatch.setattr(packed_weight, "packed_product", lambda rows, weight: rows)
     assert pack_linears(model) == 0
     assert type(model[0]) is nn.Linear
     assert "layer 0 is not packed" in caplog.text

@@ -40,7 +40,7 @@ def test_ranks_draw_what_one_rank_draws(tmp_path: Path, name: str, size: int, sa
         dtype=torch.float32, device="cpu",
     )  # fmt: skip
     with torch.inference_mode():
-        runner = Runner(model, kv_cache, rank=0, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu")
+        runner = Runner(model, kv_cache, rank=0, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu", has_static_steps=True)
         expected = PlanDriver(runner).generate(PROMPTS, num_tokens=NUM_TOKENS, chunk=5, stagger=1, sampling=sampling)
     arguments: tuple[Any, ...] = (str(path), PROMPTS, NUM_TOKENS, AREA_BYTES, sampling)
     num_bytes = peer_bytes(AREA_BYTES, draw_bytes(folder, dtype="float32", num_ranks=size, max_rows=4))

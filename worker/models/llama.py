@@ -1,4 +1,4 @@
-"""The Llama family in our own words, for speed on GPUs: Llama, Mistral, Qwen2, Qwen3. One fused product where checkpoints have several."""
+"""The Llama family in our own words, for speed: Llama, Mistral, Qwen2, Qwen3. One fused product where checkpoints have several."""
 
 import math
 from collections.abc import Callable
@@ -120,12 +120,13 @@ class LlamaLayer:
 
 @dataclass(slots=True)
 class LlamaWeights:
-    """All weights of one rank."""
+    """All weights of one rank. Layers' and head's may be laid out as packed_weight.packed() does, of which `product` then knows."""
 
     embedding: Tensor  # [vocabulary's part, hidden_size]
     layers: list[LlamaLayer]
     final_norm: Tensor  # [hidden_size]
     head: Tensor  # [vocabulary's part, hidden_size]; the embedding itself where they are tied
+    product: Callable[..., Tensor] = F.linear  # (rows, weight, bias or nothing) -> rows @ weight.T + bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +216,8 @@ class LlamaModel:
                 return paged_attention(query, layer, inputs.ragged, **how)
             return inputs.kernels.attend(query, layer, **how)
 
-        hidden = self.hidden(inputs.token_ids, inputs.positions, inputs.slot_mapping, kv_cache, attend)
-        return self.logits(hidden[logits_index]).float()
+        hidden = self.hidden(inputs.token_ids, inputs.positions, inputs.slot_mapping, kv_cache, attend, wanted=logits_index)
+        return self.logits(hidden).float()
 
     def hidden(
         self,
@@ -242,10 +243,10 @@ class LlamaModel:
         num_tokens = token_ids.shape[0]
         query_width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
         residual, normed = self._begin(token_ids)
-        if num_tokens == 1 and self._has_row_products:
+        if num_tokens == 1 and wanted is None and self._has_row_products:
             return self._hidden_of_row(residual, positions, slot_mapping, kv_cache, attend, output)
         for index, layer in enumerate(weights.layers):
-            qkv = _product(normed, layer.qkv, layer.qkv_bias, num_rows=num_dense)
+            qkv = self._padded_product(normed, layer.qkv, layer.qkv_bias, num_rows=num_dense)
             queries, keys, values = (part.view(len(qkv), -1, config.head_dim) for part in qkv.split((query_width, kv_width, kv_width), 1))
             cache = kv_cache.layer(index)
             rotary_store(
@@ -267,7 +268,7 @@ class LlamaModel:
             if is_last and wanted is not None:
                 attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
             normed = self._add_product(_ATTENDED, attended, layer.output, layer.mlp_norm, residual=residual)
-            gated = silu_mul(F.linear(normed, layer.gate_up))
+            gated = silu_mul(weights.product(normed, layer.gate_up))
             next_norm = weights.final_norm if is_last else weights.layers[index + 1].input_norm
             target = output if is_last else None
             normed = self._add_product(_MLP, gated, layer.down, next_norm, residual=residual, output=target)
@@ -283,6 +284,8 @@ class LlamaModel:
     def part_of_logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
         """Those of this rank's part of the vocabulary: [n, part's tokens], in `output` if given."""
         tile = head_tile(num_rows=len(hidden), num_inputs=self.config.hidden_size) if self._has_kernels else None
+        if tile is None and output is None:
+            return self.weights.product(hidden, self.weights.head)
         if tile is None:
             return torch.mm(hidden, self.weights.head.t(), out=output)
         return skinny_linear(hidden, self.weights.head, tile=tile, output=output)
@@ -364,11 +367,11 @@ class LlamaModel:
     ) -> Tensor:
         """Add a linear layer, summed over ranks, to the residual stream, in place; the norm of that."""
         eps = self.config.norm_eps
-        if self._collective is None and len(inputs) >= MIN_ROWS_ADDED_BY_PRODUCTS:
+        if self._collective is None and len(inputs) >= MIN_ROWS_ADDED_BY_PRODUCTS and not weight.is_mkldnn:
             residual.addmm_(inputs, weight.t())
             return rms_norm(residual, norm, eps=eps, output=output)
         if self._peers is None:
-            product = F.linear(inputs, weight)
+            product = self.weights.product(inputs, weight)
             if self._collective is not None:
                 self._collective.all_reduce(product)
             return rms_norm(product, norm, eps=eps, residual=residual, output=output)
@@ -377,18 +380,17 @@ class LlamaModel:
         self._peers.sum_norm(area, norm, residual=residual, eps=eps, output=normed)
         return normed
 
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, *, num_rows: int | None) -> Tensor:
-    """A linear layer; with num_rows zeros behind its rows, up to so many."""
-    if num_rows is None or num_rows <= len(rows):
-        return F.linear(rows, weight, bias)
-    product = torch.empty((num_rows, len(weight)), dtype=rows.dtype, device=rows.device)
-    product[len(rows) :] = 0
-    if bias is None:
-        torch.mm(rows, weight.t(), out=product[: len(rows)])
-    else:
-        torch.addmm(bias, rows, weight.t(), out=product[: len(rows)])
-    return product
+    def _padded_product(self, rows: Tensor, weight: Tensor, bias: Tensor | None, *, num_rows: int | None) -> Tensor:
+        """A linear layer; with num_rows zeros behind its rows, up to so many."""
+        if num_rows is None or num_rows <= len(rows):
+            return self.weights.product(rows, weight, bias)
+        product = torch.empty((num_rows, len(weight)), dtype=rows.dtype, device=rows.device)
+        product[len(rows) :] = 0
+        if bias is None:
+            torch.mm(rows, weight.t(), out=product[: len(rows)])
+        else:
+            torch.addmm(bias, rows, weight.t(), out=product[: len(rows)])
+        return product
 
 
 def rope_frequencies(config: LlamaConfig, *, device: torch.device) -> Tensor:

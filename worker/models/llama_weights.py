@@ -15,6 +15,7 @@ from torch import Tensor
 from quire.common.errors import ConfigError
 from quire.common.model_folder import ModelFolder
 from quire.worker.models.llama import LlamaLayer, LlamaShare, LlamaWeights
+from quire.worker.models.packed_weight import can_pack, is_as_torch_computes, packed, packed_product
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,27 @@ def fill_from_files(weights: LlamaWeights, share: LlamaShare, folder: ModelFolde
     took_s = time.perf_counter() - started_s
     _log.info("read %.2f GiB of weights in %.2f s, %.1f GB/s", num_bytes / 2**30, took_s, num_bytes / took_s / 1e9)
     return num_bytes
+
+
+@torch.inference_mode()
+def pack_weights(weights: LlamaWeights) -> None:
+    """On a CPU, lay the weights out as oneDNN reads them, each in the place of the former one; for eager steps alone.
+
+    A head that is the embedding as well stays as it is.
+    """
+    if weights.embedding.device.type != "cpu" or not can_pack(weights.embedding.dtype):
+        return
+    first = weights.layers[0]  # the others have its shapes
+    for weight in (first.qkv, first.output, first.gate_up, first.down, weights.head):
+        if not is_as_torch_computes(weight, packed(weight)):
+            _log.warning("weights are not packed: oneDNN computes a product with %s differently", list(weight.shape))
+            return
+    for layer in weights.layers:
+        layer.qkv, layer.output = packed(layer.qkv), packed(layer.output)
+        layer.gate_up, layer.down = packed(layer.gate_up), packed(layer.down)
+    if weights.head is not weights.embedding:
+        weights.head = packed(weights.head)
+    weights.product = packed_product
 
 
 def _parts(weights: LlamaWeights, share: LlamaShare) -> Iterator[_Part]:

@@ -1,4 +1,4 @@
-"""A model by the way that suits it: our own modules where there are some and the rank has a GPU, else those of transformers."""
+"""A model by the way that suits it: our own modules where there are some, else those of transformers."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ from quire.common.errors import ConfigError
 from quire.common.model_folder import ModelFolder
 from quire.worker.collectives import Collective
 from quire.worker.models.llama import LlamaModel, LlamaShare, read_llama_config
-from quire.worker.models.llama_weights import empty_weights, fill_at_random, fill_from_files
+from quire.worker.models.llama_weights import empty_weights, fill_at_random, fill_from_files, pack_weights
 
 # transformers takes seconds to import, and the native family needs none of it.
 if TYPE_CHECKING:
@@ -26,20 +26,22 @@ def load_model(
 ) -> "LlamaModel | TransformersModel":
     """Read the weights, this rank's part of them, or draw them at random.
 
-    backend: native, transformers, or auto: native on a GPU for the families that it runs
+    backend: native, transformers, or auto: native for the families that it runs
 
     Raises:
         ConfigError: the model cannot be served this way, by the reason.
     """
-    if backend == "native":
-        return load_llama_model(folder, dtype=dtype, device=device, has_dummy_weights=has_dummy_weights, collective=collective)
-    if backend == "auto" and device == "cuda":
+    is_native = backend == "native"
+    if backend == "auto":
         try:
             read_llama_config(folder)
+            is_native = True
         except ConfigError as error:
             _log.info("%s", error.message)
-        else:
-            return load_llama_model(folder, dtype=dtype, device=device, has_dummy_weights=has_dummy_weights, collective=collective)
+    if is_native:
+        model = load_llama_model(folder, dtype=dtype, device=device, has_dummy_weights=has_dummy_weights, collective=collective)
+        pack_weights(model.weights)
+        return model
     from quire.worker.models.transformers_model import load_transformers_model
 
     return load_transformers_model(folder, dtype=dtype, device=device, collective=collective, dummy_weights=has_dummy_weights)
