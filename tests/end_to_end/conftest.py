@@ -22,7 +22,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[str]:
-    """The address of a cluster that serves a random tiny Llama by transformers' modules, with blocks of 4 tokens and steps of at most 24."""
+    """The address of a cluster that serves a random tiny Llama by transformers' modules, in blocks of 4 tokens, steps of at most 24."""
     arguments = [str(tiny_llama), "--model-backend", "transformers"]
     arguments += ["--block-size", "4", "--max-batched-tokens", "24", "--max-sequences", "8"]
     with ServeProcess(tmp_path_factory.mktemp("tiny"), *arguments) as serve:
