@@ -1,19 +1,22 @@
-"""Tiny models of many families, whole and split, with what transformers' own generate says after some prompts."""
+"""Tiny models of many families, whole and split, the built-in one natively, and what transformers' generate says after some prompts."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
 
 import torch
-from thread_ranks import ThreadRanks, load_parts
+from thread_ranks import ThreadRanks
 from tiny_families import FAMILIES
 from tiny_models import DEMO_MODEL, save_tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from quire.common.model_folder import read_model_folder
-from quire.worker.models.transformers_model import TransformersModel, load_transformers_model
+from quire.worker.models.llama import LlamaModel
+from quire.worker.models.load_model import load_model
+from quire.worker.models.transformers_model import TransformersModel
 
 MODELS: Final = ("llama", "qwen3", "mixtral", "gemma2", "gpt2", "opt", "gpt_oss", "demo")
 NUM_TOKENS: Final = 8
@@ -25,7 +28,7 @@ class ReferenceModel:
     """One model, and its completions of NUM_TOKENS tokens, greedy in float32."""
 
     ranks: dict[int, ThreadRanks]  # by number of ranks
-    parts: dict[int, Sequence[TransformersModel]]
+    parts: Mapping[int, Sequence[LlamaModel | TransformersModel]]
     prompts: list[list[int]]  # of PROMPT_LENGTHS
     expected: list[list[int]]
 
@@ -43,8 +46,10 @@ def load_reference(name: str, folder_for: Callable[[str], Path]) -> ReferenceMod
     chance = random.Random(name)
     prompts = [[chance.randrange(3, folder.vocab_size) for _ in range(length)] for length in PROMPT_LENGTHS]
     ranks = {size: ThreadRanks(size) for size in (2, 4)}
-    parts = {size: load_parts(folder, ranks[size]) for size in ranks}
-    parts[1] = [load_transformers_model(folder, dtype="float32", device="cpu")]
+    backend = "native" if name == "demo" else "transformers"
+    load = partial(load_model, folder, dtype="float32", device="cpu", backend=backend)
+    parts = {size: [load(collective=collective) for collective in ranks[size].collectives] for size in ranks}
+    parts[1] = [load()]
     return ReferenceModel(ranks, parts, prompts, _generate(path, prompts))
 
 

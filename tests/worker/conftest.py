@@ -9,6 +9,8 @@ from tiny_models import DEMO_MODEL, save_tiny_llama
 
 from quire.common.model_folder import read_model_folder
 from quire.worker.kv_cache import KvCache
+from quire.worker.models.llama import LlamaModel
+from quire.worker.models.load_model import load_model as load_by_backend
 from quire.worker.models.transformers_model import TransformersModel, load_transformers_model
 from quire.worker.runner import Runner
 
@@ -26,13 +28,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def models(tiny_folder: Path) -> dict[str, TransformersModel]:
     """The models that tests run plans on, by name; nothing of a test stays in them."""
-    folders = {"tiny": tiny_folder, "demo": DEMO_MODEL}
-    return {name: load_transformers_model(read_model_folder(folder), dtype="float32", device="cpu") for name, folder in folders.items()}
+    return {"tiny": load_transformers_model(read_model_folder(tiny_folder), dtype="float32", device="cpu")}
+
+
+@pytest.fixture(scope="session")
+def native_demo() -> LlamaModel | TransformersModel:
+    """The built-in model by our own modules, as a rank on a CPU loads it."""
+    return load_by_backend(read_model_folder(DEMO_MODEL), dtype="float32", device="cpu", backend="native")
 
 
 @pytest.fixture
-def make_runner(models: dict[str, TransformersModel]) -> MakeRunner:
-    """A Runner with a cache and a batch of its own."""
+def make_runner(models: dict[str, TransformersModel], native_demo: LlamaModel) -> MakeRunner:
+    """A Runner with a cache and a batch of its own; of "tiny", "demo", or a model."""
 
     def make(
         model: str | TransformersModel = "tiny",
@@ -43,7 +50,8 @@ def make_runner(models: dict[str, TransformersModel]) -> MakeRunner:
         max_model_len: int = 200,
         num_cpu_blocks: int = 0,
     ) -> Runner:
-        loaded = models[model] if isinstance(model, str) else model
+        by_name: dict[str, LlamaModel | TransformersModel] = {**models, "demo": native_demo}
+        loaded = by_name[model] if isinstance(model, str) else model
         folder = loaded.folder
         kv_cache = KvCache(
             num_blocks=num_blocks,
