@@ -1,6 +1,7 @@
 # Each target makes what it needs, beginning with .venv. CONTRIBUTING.md says more.
 #   make serve ARGS="--gpu-blocks 512"       more flags for quire serve
 #   make test PYTEST_ARGS="-k block_pool"    more flags for pytest
+#   make test TEST_JOBS=8                    so many files of tests at once, for machines of more than two cores
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -9,10 +10,11 @@ BUF := tools/buf/node_modules/.bin/buf
 LISTEN ?= 127.0.0.1:50051
 ARGS ?=
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 # Our own Python, each file once: src/quire holds links to the folders, and mypy follows them.
 PYTHON_FILES := bench cli client cluster common deploy kernels worker tests tools
 
-.PHONY: help serve demo test lint style types proto format stubs chart proto-baseline pytest clean
+.PHONY: help serve demo test lint style types proto format stubs chart proto-baseline pytest pytest-parts pytest-clusters clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -51,8 +53,20 @@ proto-checks: $(BUF)
 	$(BUF) format --diff --exit-code proto
 	$(BUF) breaking proto --against proto/baseline.binpb
 
+PYTEST := $(BIN)/pytest -m "not slow and not chaos and not gpu"
+ifeq ($(PYTEST_ARGS),)
+pytest: pytest-parts pytest-clusters
+else
 pytest: .venv/.dev-ready
-	$(BIN)/pytest -m "not slow and not chaos and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+endif
+
+pytest-parts: .venv/.dev-ready
+	$(PYTEST) --numprocesses $(TEST_JOBS) --dist loadfile --ignore tests/end_to_end
+
+# Clusters have the machine for themselves: they keep deadlines.
+pytest-clusters: .venv/.dev-ready
+	$(PYTEST) tests/end_to_end
 
 format: .venv/.dev-ready $(BUF)  ## rewrite Python and proto files in the house style
 	$(BIN)/ruff check --fix $(PYTHON_FILES)

@@ -26,8 +26,6 @@ ENDLESS_SCRIPT: Final = Script([5], ends=False)
 # A canary that gets no answer for so long has none.
 CANARY_TIMEOUT_S: Final = 30.0
 CANARY_PAUSE_S: Final = 0.05
-# As many open files as a careless system lets the gateway have.
-INHERITED_FILE_LIMIT: Final = 256
 START_TIMEOUT_S: Final = 30.0
 
 
@@ -102,10 +100,7 @@ async def attacked_gateway(
             "bounds": bounds or {},
             **settings,
         }
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (INHERITED_FILE_LIMIT, hard))
         process = start_child("bounded_gateway", spec, log_path=log_path, environ={"PYTHONPATH": path})
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         exit_code = 0
         try:
             await until(lambda: report.exists() or process.poll() is not None, timeout_s=START_TIMEOUT_S)
