@@ -16,7 +16,7 @@ PACKAGES: Final = ("bench", "cli", "client", "cluster", "common", "kernels", "wo
 # Of the server extra; none may come with `import quire.client`.
 SERVER_ONLY: Final = ("jinja2", "msgspec", "numpy", "ray", "safetensors", "tokenizers", "torch", "transformers", "triton", "yaml", "zmq")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("packaging")]  # distributions are built once
 
 
 def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:

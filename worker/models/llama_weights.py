@@ -112,16 +112,17 @@ def pack_weights(weights: LlamaWeights) -> None:
     """
     if weights.embedding.device.type != "cpu" or not can_pack(weights.embedding.dtype):
         return
+    head = weights.head if weights.head is weights.embedding else packed(weights.head)
     first = weights.layers[0]  # the others have its shapes
-    for weight in (first.qkv, first.output, first.gate_up, first.down, weights.head):
-        if not is_as_torch_computes(weight, packed(weight)):
+    layouts = [(weight, packed(weight)) for weight in (first.qkv, first.output, first.gate_up, first.down)]
+    for weight, packed_weight in (*layouts, (weights.head, head)):
+        if not is_as_torch_computes(weight, packed_weight):
             _log.warning("weights are not packed: oneDNN computes a product with %s differently", list(weight.shape))
             return
     for layer in weights.layers:
         layer.qkv, layer.output = packed(layer.qkv), packed(layer.output)
         layer.gate_up, layer.down = packed(layer.gate_up), packed(layer.down)
-    if weights.head is not weights.embedding:
-        weights.head = packed(weights.head)
+    weights.head = head
     weights.product = packed_product
 
 
