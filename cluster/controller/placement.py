@@ -26,13 +26,17 @@ def placement_refusal(
         num_possible = sum(int(left // ranks_per_group) for left in free.values())
     if num_more <= num_possible:
         return None
-    ranks = f"{ranks_per_group} rank{'s' if ranks_per_group > 1 else ''}"
+    ranks, groups, hosts = _count(ranks_per_group, "rank"), _count(num_placed, "group"), _count(len(free), "host")
     left = ", ".join(f"{amount:g}" for amount in free.values()) or "nothing"
     where = "" if spans_hosts else ", all of a group on one host"
     message = (
-        f"model {model} has {num_placed} groups in place, and {num_groups} were asked for: {num_more} more of {ranks} each, a rank "
-        f"taking 1 {resource}{where}; Ray has {left} {resource} left on its {len(free)} hosts, "
+        f"model {model} has {groups} in place, and {num_groups} were asked for: {num_more} more of {ranks} each, a rank "
+        f"taking 1 {resource}{where}; Ray has {left} {resource} left on its {hosts}, "
         f"room for {num_possible} more; ask for at most {num_placed + num_possible}, or add hosts to Ray"
     )
     numbers = {"groups": num_placed, "asked": num_groups, "possible": num_placed + num_possible, "ranks_per_group": ranks_per_group}
     return ConfigError(message, reason="NO_PLACE", metadata={name: str(number) for name, number in numbers.items()})
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

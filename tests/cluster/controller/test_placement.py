@@ -36,6 +36,13 @@ def test_a_refusal_says_what_was_asked_what_there_is_and_what_to_change() -> Non
         "Ray has 3, 1 GPU left on its 2 hosts, room for 1 more; ask for at most 3, or add hosts to Ray"
     )
 
+    refusal = placement_refusal({"a": 0.0}, model="m", resource="GPU", ranks_per_group=1, num_placed=1, num_groups=2)
+    assert refusal is not None
+    assert refusal.message == (
+        "model m has 1 group in place, and 2 were asked for: 1 more of 1 rank each, a rank taking 1 GPU, all of a group on one host; "
+        "Ray has 0 GPU left on its 1 host, room for 0 more; ask for at most 1, or add hosts to Ray"
+    )
+
 
 def test_a_group_that_spans_hosts_takes_what_all_of_them_have_left() -> None:
     how = {"model": "m", "resource": "GPU", "ranks_per_group": 4, "num_placed": 0, "spans_hosts": True}
