@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ SCHEDULER = "quire.cluster.scheduler.process"
 
 def all_streams(address: str) -> Streams:
     return Streams(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
+
+
+def seconds_until(is_so: Callable[[], bool]) -> float:
+    """How long it took, to a tenth."""
+    started_s = time.monotonic()
+    wait_for(is_so, timeout_s=TIMEOUT_S)
+    return time.monotonic() - started_s
 
 
 TWO_RANKS = ("--tensor-parallel-size", "2")
@@ -56,7 +64,13 @@ def test_streams_survive_the_death_of_a_rank(tmp_path: Path, signals: Sequence[s
         for times, number in enumerate(signals):
             wanted = (2 * times + 1) * NUM_STREAMS * NUM_TOKENS // 5
             wait_for(lambda wanted=wanted: streams.num_tokens >= wanted, timeout_s=TIMEOUT_S)  # type: ignore[misc]
-            os.kill(min(pid for pid, command in serve.processes().items() if f"-m {RANK} " in command), number)
+            with Client(address) as client:
+                terms = {group.group_id: group.term for group in client.cluster.groups()}
+                os.kill(min(pid for pid, command in serve.processes().items() if f"-m {RANK} " in command), number)
+                noticed_s = seconds_until(
+                    lambda: any(group.state != "READY" or group.term != terms[group.group_id] for group in client.cluster.groups())  # noqa: B023
+                )
+            print(f"{number.name}: noticed after {noticed_s:.1f} s")
         assert streams.wait() == expected
         print(f"longest pause: {streams.longest_pause_s:.1f} s")
         with Client(address) as client:
@@ -75,7 +89,12 @@ def test_streams_survive_the_death_of_the_scheduler(tmp_path: Path, arguments: S
         expected = undisturbed(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
         streams = all_streams(address)
         wait_for(lambda: streams.num_tokens >= NUM_STREAMS * NUM_TOKENS // 4, timeout_s=TIMEOUT_S)
-        os.kill(serve.process_of(SCHEDULER), number)
+        former = serve.process_of(SCHEDULER)
+        os.kill(former, number)
+        replaced_s = seconds_until(
+            lambda: any(f"-m {SCHEDULER}" in command and pid != former for pid, command in serve.processes().items())
+        )
+        print(f"{number.name}: noticed, and the next one started, after {replaced_s:.1f} s")
         assert streams.wait() == expected
         print(f"longest pause: {streams.longest_pause_s:.1f} s")
         with Client(address) as client:
