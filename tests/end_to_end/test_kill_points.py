@@ -43,7 +43,8 @@ def test_a_rank_may_die_at_any_point_of_its_work(tmp_path: Path, arguments: tupl
             assert streams.wait() == expected, kind
             assert not fault.exists(), f"no rank came to its {kind} number {number}"
             # The pause is not only that of the restart: most streams wait for blocks all the time.
-            print(f"killed in {kind}: longest pause {streams.longest_pause_s:.1f} s, {streams.num_preemptions} preemptions")
+            pauses = f"longest pause {streams.longest_pause_s:.1f} s, of all streams {streams.longest_silence_s:.1f} s"
+            print(f"killed in {kind}: {pauses}, {streams.num_preemptions} preemptions")
             wait_for(lambda: all(group.state == "READY" for group in client.cluster.groups()), timeout_s=TIMEOUT_S)
             assert sum(group.num_restarts for group in client.cluster.groups()) == num_deaths
             wait_for(lambda: all(blocks.gpu_blocks.num_held == 0 for blocks in client.cluster.blocks()), timeout_s=TIMEOUT_S)

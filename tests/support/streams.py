@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import pairwise
 from typing import Any, Final
 
 from quire.client import Client
@@ -42,6 +43,7 @@ class Streams:
         self.errors: list[BaseException] = []
         self.longest_pause_s = 0.0
         self.num_preemptions = 0
+        self._arrivals_s = [time.monotonic()]
         self._client = Client(address, max_retries=0)
         self._threads = [threading.Thread(target=self._read, args=(index,), daemon=True) for index in range(num_streams)]
         for thread in self._threads:
@@ -51,6 +53,12 @@ class Streams:
     def num_tokens(self) -> int:
         """Tokens that came so far, of all streams."""
         return sum(map(len, self.token_ids))
+
+    @property
+    def longest_silence_s(self) -> float:
+        """The longest time in which no stream had a token: longest_pause_s without what a stream waits while others are served."""
+        arrivals_s = sorted(self._arrivals_s)
+        return max((later - earlier for earlier, later in pairwise(arrivals_s)), default=0.0)
 
     @property
     def are_done(self) -> bool:
@@ -73,6 +81,7 @@ class Streams:
                 self.token_ids[index] += delta.token_ids
                 self.num_preemptions += 0 if delta.timings is None else delta.timings.num_preemptions
                 now_s = time.monotonic()
+                self._arrivals_s.append(now_s)
                 self.longest_pause_s = max(self.longest_pause_s, now_s - last_s)
                 last_s = now_s
         except BaseException as error:
