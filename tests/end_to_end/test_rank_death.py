@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ SCHEDULER = "quire.cluster.scheduler.process"
 
 def all_streams(address: str) -> Streams:
     return Streams(address, num_streams=NUM_STREAMS, num_tokens=NUM_TOKENS)
+
+
+def has_lost_one(client: Client, terms: dict[str, int]) -> bool:
+    """Whether a group is not what it was, ready and in its former term."""
+    return any(group.state != "READY" or group.term != terms[group.group_id] for group in client.cluster.groups())
 
 
 def seconds_until(is_so: Callable[[], bool]) -> float:
@@ -67,9 +73,7 @@ def test_streams_survive_the_death_of_a_rank(tmp_path: Path, signals: Sequence[s
             with Client(address) as client:
                 terms = {group.group_id: group.term for group in client.cluster.groups()}
                 os.kill(min(pid for pid, command in serve.processes().items() if f"-m {RANK} " in command), number)
-                noticed_s = seconds_until(
-                    lambda: any(group.state != "READY" or group.term != terms[group.group_id] for group in client.cluster.groups())  # noqa: B023
-                )
+                noticed_s = seconds_until(partial(has_lost_one, client, terms))
             print(f"{number.name}: noticed after {noticed_s:.1f} s")
         assert streams.wait() == expected
         print(f"longest pause: {streams.longest_pause_s:.1f} s")

@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from quire.worker.models import packed_linear, packed_weight
 from quire.worker.models.packed_linear import PackedLinear, pack_linears
-from quire.worker.models.packed_weight import can_pack, is_there
+from quire.worker.models.packed_weight import can_pack, has_onednn
 
-pytestmark = pytest.mark.skipif(not is_there(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

@@ -13,14 +13,14 @@ _CHECKED_ROWS: Final = 3
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes linear layers of this dtype on this machine: bfloat16 wants AVX-512 or AVX-NE-CONVERT of it."""
-    if not is_there():
+    if not has_onednn():
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype in _MAX_RELATIVE_ERROR
 
 
-def is_there() -> bool:
+def has_onednn() -> bool:
     """Whether this torch has oneDNN's operators: they are what torch.compile calls, and not part of its documented interface."""
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
