@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quire.bench.engine_measures import Settings
     from quire.common.config import ModelPlan
 
-WORKLOADS: Final = ("decode", "prefill", "mixed256", "azure_conv400", "ttft", "load", "swap")
+WORKLOADS: Final = ("decode", "prefill", "mixed256", "azure_conv400", "ttft", "load", "gaps", "swap")
 _GPU_NAME_TIMEOUT_S: Final = 30.0
 # Settings of `quire serve` that are flags here as well.
 _NUMBERS: Final = (
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode-cases", type=_cases, metavar="BxC,...", help="batch x context (default 1x128,1x4096,32x1024,128x1024,256x1024)"
     )
-    parser.add_argument("--batch", type=_count, metavar="N", help="with --context: this one decode case")
-    parser.add_argument("--context", type=_count, metavar="N", help="with --batch: this one decode case")
+    parser.add_argument("--batch", type=_count, metavar="N", help="with --context: this one case of decode and gaps")
+    parser.add_argument("--context", type=_count, metavar="N", help="with --batch: this one case of decode and gaps")
     parser.add_argument("--prefill-cases", type=_cases, metavar="NxL,...", help="prompts x length (default 1x8000,8x8000)")
     parser.add_argument(
         "--requests",
@@ -164,6 +164,13 @@ def _load_rows(result: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [("requests", "tokens/s", *(name.replace("_", " ") for name in times)), *rows]
 
 
+def _gaps_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    names = ("step_median_us", "gap_median_us", "gap_p99_us", "gap_max_us")
+    numbers = (_shown(result[name], 1) for name in names)
+    row = (f"{result['batch']} x {result['context']}", str(result["steps"]), *numbers, f"{100 * result['busy_share']:.1f}")
+    return [("batch x context", "steps", "µs a step", "µs between steps", "p99", "most", "% of the time a kernel runs"), row]
+
+
 def _swap_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = [
         (
@@ -187,6 +194,7 @@ _SHOWN: Final[Mapping[str, Callable[[Any], list[tuple[str, ...]]]]] = {
     "azure_conv400": _many_rows,
     "ttft": _ttft_rows,
     "load": _load_rows,
+    "gaps": _gaps_rows,
     "swap": _swap_rows,
 }
 
@@ -205,7 +213,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
         raise ConfigError("--batch and --context name one decode case together; give both or none")
     chosen: dict[str, Any] = {"ttft_beside": args.beside, "num_requests": args.requests, "on_progress": _say}
     if args.batch is not None:
-        chosen["decode_cases"] = ((args.batch, args.context),)
+        chosen |= {"decode_cases": ((args.batch, args.context),), "gaps_case": (args.batch, args.context)}
     elif args.decode_cases is not None:
         chosen["decode_cases"] = args.decode_cases
     if args.load_cases is not None:

@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -64,6 +65,8 @@ MAX_SILENCE_S: Final = 120.0
 POLL_S: Final = 1.0
 # Nothing expires while it is measured.
 TIME_LEFT_S: Final = 86_400.0
+# How long the trace of a few steps may take: the rank begins to listen, goes on, and writes.
+TRACE_TIMEOUT_S: Final = 90.0
 # The end of a log that an error shows.
 LOG_TAIL_CHARS: Final = 2000
 
@@ -190,6 +193,25 @@ class Engine:
     def num_runs(self) -> int:
         return self._num_runs
 
+    def trace(self) -> Path:
+        """Trace the next steps of rank 0, while messages are taken in; the file, which goes with the logs' folder.
+
+        Raises:
+            InternalError: there is no trace after TRACE_TIMEOUT_S; fewer steps may have followed than it wants.
+        """
+        path = self._trace_path(0)
+        path.unlink(missing_ok=True)
+        self._children["rank-0"].send_signal(signal.SIGUSR1)
+        deadline_s = time.perf_counter() + TRACE_TIMEOUT_S
+        while not path.exists():
+            if time.perf_counter() > deadline_s:
+                raise InternalError(f"rank 0 wrote no trace within {TRACE_TIMEOUT_S:g} s; the logs are in {self._logs}")
+            self._read(wait_s=POLL_S)
+        return path
+
+    def _trace_path(self, rank: int) -> Path:
+        return self._logs.absolute() / f"rank-{rank}.trace.json.gz"
+
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
@@ -219,6 +241,7 @@ class Engine:
             )
             for rank in range(self.plan.tensor_parallel_size)
         ]
+        self._specs = [replace(rank_spec, trace_path=str(self._trace_path(rank_spec.rank))) for rank_spec in self._specs]
         for rank_spec in self._specs:
             environ = {"CUDA_VISIBLE_DEVICES": _visible_gpus(rank_spec)} if rank_spec.device == "cuda" else {}
             self._start_process(f"rank-{rank_spec.rank}", "quire.worker.rank_process", asdict(rank_spec), environ)

@@ -10,7 +10,9 @@ from quire.bench.engine_run import RunMeter
 from quire.bench.engine_workloads import Case, Request, azure_conv400, fit, fixed, mixed256
 from quire.bench.percentile import percentile
 from quire.bench.serve_requests import arrival_times
-from quire.common.errors import ConfigError
+from quire.bench.step_gaps import read_trace, step_gaps
+from quire.common.errors import ConfigError, InternalError
+from quire.worker.rank_spec import TRACED_STEP
 
 # The cost of a decode step is the difference between runs of so many tokens and of so few, by the steps between.
 LONG_TOKENS: Final = 130
@@ -19,6 +21,9 @@ SHORT_TOKENS: Final = 2
 TTFT_PROMPT_TOKENS: Final = 128
 # Requests that run before a workload of many is measured: kernels and caches have seen their kind.
 NUM_WARM_UP: Final = 16
+# Steps that all sequences decode together before the gaps between steps are traced, and what each may generate at most.
+GAPS_AFTER_TOKENS: Final = 32
+GAPS_TOKENS: Final = 512
 # Requests of a load per caller of its closed loop.
 LOAD_REQUESTS_PER_CALLER: Final = 3
 # The open loop's share of what the last closed loop carried.
@@ -37,6 +42,7 @@ class Settings:
     prefill_repetitions: int = 3
     ttft_repetitions: int = 10
     ttft_beside: int = 64  # sequences that decode beside
+    gaps_case: Case = (64, 1024)  # a batch in steady decode and its context
     load_cases: tuple[LoadCase, ...] = ((64, 128, 128), (256, 128, 128))
     num_requests: int | None = None  # of mixed256 and azure_conv400, from the front; None: all
     on_progress: Callable[[str], None] = field(default=lambda _: None)
@@ -197,6 +203,26 @@ def _load_row(run: RunMeter, requests: Sequence[Request]) -> dict[str, Any]:
     }
 
 
+def measure_gaps(engine: Engine, settings: Settings) -> dict[str, Any]:
+    """How long the GPU runs no kernel between steps of steady decode, by a trace of rank 0."""
+    if engine.plan.device != "cuda":
+        raise ConfigError(f"gaps are those of a GPU's kernels, and this engine computes on {engine.plan.device}; leave gaps out")
+    batch, context = settings.gaps_case
+    if batch > engine.plan.max_sequences:
+        raise ConfigError(f"gaps between steps of {batch} sequences need max_sequences {batch}, which is {engine.plan.max_sequences}")
+    _check_length(engine, context, GAPS_TOKENS)
+    meter = engine.begin(fixed(settings.gaps_case, num_tokens=GAPS_TOKENS, vocab_size=engine.plan.folder.vocab_size))
+    engine.read_until(lambda: all(len(request.token_times_s) >= GAPS_AFTER_TOKENS for request in meter.requests))
+    path = engine.trace()
+    num_left = meter.num_unfinished
+    engine.cancel_run(engine.num_runs, batch)
+    if num_left < batch:
+        raise InternalError(f"{batch - num_left} of {batch} sequences ended before {path} was written, so its steps are not all alike")
+    result = {"batch": batch, "context": context, **step_gaps(read_trace(path), step_name=TRACED_STEP), "trace": path.name}
+    settings.on_progress(f"gaps: {result['gap_median_us']:.1f} us, {result['gap_max_us']:.1f} at most")
+    return result
+
+
 MEASURES: Final[Mapping[str, Callable[[Engine, Settings], Any]]] = {
     "decode": measure_decode,
     "prefill": measure_prefill,
@@ -204,6 +230,7 @@ MEASURES: Final[Mapping[str, Callable[[Engine, Settings], Any]]] = {
     "azure_conv400": measure_azure_conv400,
     "ttft": measure_ttft,
     "load": measure_load,
+    "gaps": measure_gaps,
 }
 
 

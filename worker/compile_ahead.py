@@ -145,8 +145,11 @@ class CompileAhead:
 
 
 def compile_ahead(spec: RankSpec, folder: ModelFolder) -> CompileAhead | None:
-    """Begin to compile the kernels of a native model; None where there are none."""
+    """Begin to compile the kernels of a native model; None where there are none, and in a process that has used its GPU already."""
     if spec.device != "cuda" or spec.model_backend == "transformers" or not Path("/dev/nvidiactl").exists():
+        return None
+    if torch.cuda.is_initialized():
+        _log.warning("this process has used its GPU, so none that it forks could: kernels are compiled when they are first launched")
         return None
     try:
         read_llama_config(folder)

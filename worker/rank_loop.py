@@ -6,6 +6,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +19,7 @@ from quire.worker.launched_step import LaunchedStep
 from quire.worker.rank_gauges import RankGauges
 from quire.worker.rank_spec import RankSpec
 from quire.worker.runner import Runner
+from quire.worker.step_trace import StepTrace
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ MAX_STEPS_LAUNCHED: Final = 2
 HELLO_AGAIN_S: Final = 0.5
 # How long an exiting rank waits for its last messages to leave.
 LINGER_S: Final = 1.0
+# Bytes that signals left on the pair that wakes the loop, taken at a time.
+WAKE_BYTES: Final = 64
 # How long a message may wait for room on the socket before the scheduler counts as gone.
 SEND_TIMEOUT_S: Final = 5.0
 
@@ -41,6 +45,7 @@ class RankLoop:
         self._spec = spec
         self._gauges = RankGauges(spec.device, phases_s or {})
         self._runner = runner
+        self._trace = StepTrace(Path(spec.trace_path), device=spec.device) if spec.trace_path else None
         self._term = spec.term
         self._next_step_id = 0
         self._is_stopping = False
@@ -57,6 +62,8 @@ class RankLoop:
         wake_writer.setblocking(False)
         signal.set_wakeup_fd(wake_writer.fileno())
         signal.signal(signal.SIGTERM, self._stop)
+        if self._trace is not None:
+            signal.signal(signal.SIGUSR1, self._ask_for_trace)
         context = zmq.Context()
         link = context.socket(zmq.DEALER)
         link.setsockopt(zmq.IDENTITY, self._spec.name.encode())
@@ -111,6 +118,8 @@ class RankLoop:
                     monitor.recv_multipart()
                     _log.warning("the scheduler is gone; the model stays for the next one")
                     self._hello_again_s = self._link_broke_s = time.monotonic()
+                if wake.fileno() in ready:
+                    wake.recv(WAKE_BYTES)
                 if link not in ready:
                     continue
                 plan = decode_rank_down(link.recv())
@@ -123,7 +132,7 @@ class RankLoop:
                 if plan.term > self._term:
                     launched.clear()  # nobody waits for them any more
                 self._check_order(plan)
-                launched.append(self._runner.launch(plan))
+                launched.append(self._launch(plan))
             except zmq.Again:
                 raise
             except Exception as error:
@@ -132,6 +141,12 @@ class RankLoop:
                 return 1
         _log.info("stopped by SIGTERM after %d steps", self._next_step_id)
         return 0
+
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
+        if self._trace is None:
+            return self._runner.launch(plan)
+        with self._trace.step():
+            return self._runner.launch(plan)
 
     def _say_hello_again(self, link: "zmq.Socket[bytes]", hello: RankHello) -> float:
         """Say hello if it is time; the seconds until it is time again."""
@@ -162,6 +177,10 @@ class RankLoop:
 
     def _stop(self, *_: Any) -> None:
         self._is_stopping = True
+
+    def _ask_for_trace(self, *_: Any) -> None:
+        assert self._trace is not None, "only then is there a handler"
+        self._trace.ask()
 
 
 def _describe(error: Exception) -> str:

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from quire.common.config import ModelPlan
+
+# What the launch of a step is called in a trace.
+TRACED_STEP: Final = "quire step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class RankSpec:
     host_address: str = ""  # of this rank's host, by which the other hosts of the group reach it; "" for a group on one host
     dummy_weights: bool = False  # random weights of the right shapes instead of the folder's
     model_backend: str = "auto"  # auto, native or transformers
+    trace_path: str = ""  # SIGUSR1 traces the next steps into this file, NAME.json.gz (step_trace.py); "" for no such signal
     curve: dict[str, str] | None = field(default=None, repr=False)  # CurveKeys of clients, if the scheduler's address is TCP
 
     @property

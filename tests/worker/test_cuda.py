@@ -305,6 +305,8 @@ def test_a_copy_is_named_once_it_has_ended_and_nobody_is_kept_waiting() -> None:
     with pytest.raises(InternalError, match="copy 1 is started while"):
         pool.start_in([(1, 1, 1)])
     pool.wait((1,))
+    assert pool.take_ended() == ((), ())  # what is launched from now on waits, the host does not
+    torch.cuda.current_stream().synchronize()
     assert pool.take_ended() == ((1,), ())
     for copy in ((3, 24, 0), (3, 0, 4)):
         with pytest.raises(InternalError, match="copy 3 is between"):
