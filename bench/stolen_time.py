@@ -1,9 +1,10 @@
 """What preemptions took from the other sequences: GPU time, read from a scheduler's journal."""
 
+import bisect
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from quire.cluster.scheduler.journal import Header, read_journal
 from quire.common.messages import (
@@ -15,6 +16,9 @@ from quire.common.messages import (
     decode_rank_up,
     decode_session_down,
 )
+
+# How many steps that only decode a step is held against.
+NUM_NEAR: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,10 @@ class _Step:
 def stolen_time(journal: BinaryIO, *, block_size: int) -> StolenTime:
     """Reads the journal of a scheduler with one group of one or more ranks.
 
-    A step that computes prompts is longer than one that decodes the same sequences; the share of tokens that had been
+    A step that computes prompts is longer than one that decodes as many sequences; the share of tokens that had been
     computed before is what recompute took. A step beside which copies ran is longer than one without; the mean per copy of
-    steps that only decode, times all copies, is what swap took.
+    steps that only decode, times all copies, is what swap took. Steps that are shorter by chance count against those that are
+    longer by chance.
 
     Raises:
         ConfigError: it is no journal.
@@ -118,8 +123,8 @@ class _Reader:
     def result(self) -> StolenTime:
         decode_s = _DecodeTimes(self.steps)
         recompute_s, excess_s, num_copies_beside = 0.0, 0.0, 0
-        for step in self.steps:
-            longer_s = max(0.0, step.device_s - decode_s.of(step.num_decoding))
+        for number, step in enumerate(self.steps):
+            longer_s = step.device_s - decode_s.of(step.num_decoding, number)
             num_tokens = step.num_new_tokens + step.num_again_tokens
             if num_tokens:
                 recompute_s += longer_s * step.num_again_tokens / num_tokens
@@ -129,22 +134,33 @@ class _Reader:
         return StolenTime(
             num_recomputed_tokens=sum(step.num_again_tokens for step in self.steps),
             num_swapped_tokens=self.num_swapped_blocks * self.block_size,
-            recompute_s=recompute_s,
-            swap_s=excess_s / num_copies_beside * self.num_copies if num_copies_beside else 0.0,
+            recompute_s=max(0.0, recompute_s),
+            swap_s=max(0.0, excess_s / num_copies_beside * self.num_copies) if num_copies_beside else 0.0,
         )
 
 
 class _DecodeTimes:
-    """How long a step takes that only decodes: the median of those with as many sequences, else with nearly as many."""
+    """How long a step takes that only decodes: the median of the nearest of those with as many sequences, else with nearly as many.
+
+    The nearest, since a step takes as long as its sequences have become: preemptions come when the pool is full, and the steps
+    of a whole run have shorter contexts.
+    """
 
     def __init__(self, steps: list[_Step]) -> None:
-        times: dict[int, list[float]] = defaultdict(list)
-        for step in steps:
+        self._numbers: dict[int, list[int]] = defaultdict(list)
+        self._times_s: dict[int, list[float]] = defaultdict(list)
+        for number, step in enumerate(steps):
             if step.num_decoding and not (step.num_new_tokens or step.num_again_tokens or step.num_copies):
-                times[step.num_decoding].append(step.device_s)
-        self._medians = {count: statistics.median(values) for count, values in times.items()}
+                self._numbers[step.num_decoding].append(number)
+                self._times_s[step.num_decoding].append(step.device_s)
 
-    def of(self, num_decoding: int) -> float:
-        if not num_decoding or not self._medians:
+    def of(self, num_decoding: int, number: int) -> float:
+        """number: of the step that is held against them, in the order of steps"""
+        if not num_decoding or not self._numbers:
             return 0.0
-        return self._medians[min(self._medians, key=lambda count: abs(count - num_decoding))]
+        count = min(self._numbers, key=lambda count: abs(count - num_decoding))
+        numbers, times_s = self._numbers[count], self._times_s[count]
+        place = bisect.bisect_left(numbers, number)
+        near = range(max(0, place - NUM_NEAR), min(len(numbers), place + NUM_NEAR))
+        nearest = sorted(near, key=lambda index: abs(numbers[index] - number))[:NUM_NEAR]
+        return statistics.median(times_s[index] for index in nearest)

@@ -83,6 +83,21 @@ def test_swap_takes_what_steps_beside_its_copies_are_longer_by() -> None:
     assert stolen == StolenTime(0, 2 * BLOCK_SIZE, recompute_s=0.0, swap_s=near(0.006))
 
 
+def test_a_step_is_held_against_those_of_its_time_and_chance_evens_out() -> None:
+    """Contexts grow, so steps do; copies come late, and each other one is beside a step that happens to be shorter than most."""
+    journal = Journal()
+    journal.step(StepPlan(1, 0, add_rows=(add(0),), chunks=(Chunk(0, 0, 40, True),), samples=((0, 0),)), 0.9)
+    for step_id in range(1, 101):
+        journal.step(StepPlan(1, step_id), 0.010 + 1e-4 * step_id, num_decoding=4)
+    for step_id in range(101, 141, 4):
+        by_chance_s = 0.0005 if step_id % 8 == 5 else -0.0005
+        copies = ((2 * step_id, 0, 0),)
+        journal.step(StepPlan(1, step_id, swap_in=copies), 0.020 + by_chance_s, num_decoding=4, copies_done=(2 * step_id,))
+        for later in range(1, 4):
+            journal.step(StepPlan(1, step_id + later), 0.020, num_decoding=4)
+    assert journal.stolen().swap_s == pytest.approx(0.0, abs=1e-4)
+
+
 def test_without_preemptions_nothing_is_stolen() -> None:
     journal = Journal()
     journal.step(StepPlan(1, 0, add_rows=(add(0),), chunks=(Chunk(0, 0, 40, True),), samples=((0, 0),)), 0.9)
