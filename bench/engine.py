@@ -21,7 +21,7 @@ from quire.common.errors import ConfigError
 # They need the server's packages, and `quire bench serve` needs none of them.
 if TYPE_CHECKING:
     from quire.bench.engine_cluster import Engine
-    from quire.bench.engine_measures import Settings
+    from quire.bench.engine_measures import Arrivals, Settings
     from quire.common.config import ModelPlan
 
 WORKLOADS: Final = ("decode", "prefill", "mixed256", "azure_conv400", "ttft", "load", "gaps", "swap")
@@ -70,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CxPxT,...",
         help="callers x prompt tokens x tokens to generate (default 64x128x128,256x128x128)",
     )
+    parser.add_argument(
+        "--arrivals",
+        type=_arrivals,
+        default=(),
+        metavar="FILE",
+        help='for load instead of --load-cases: a list of {"prompt_tokens", "tokens", "arrivals_s"} as JSON, such as bench serve\'s',
+    )
     parser.add_argument("--log-folder", type=Path, metavar="DIR", help="keep the processes' logs here")
     parser.add_argument(
         "--start-timeout-s", type=float, default=600.0, metavar="S", help="seconds until the engine must be ready (default 600)"
@@ -84,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = _settings(args)
     plan = _plan(args)
+    if "gaps" in args.workload and plan.device != "cuda":
+        raise ConfigError(f"gaps are those of a GPU's kernels, and this engine would compute on {plan.device}; leave gaps out")
     report = _report(plan)
     workloads: dict[str, Any] = {}
     of_one_engine = [name for name in args.workload if name != "swap"]
@@ -155,13 +164,19 @@ def _load_rows(result: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     times = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "itl_p50_ms", "itl_p99_ms")
     rows = [
         (
-            f"{row['callers']} at a time" if row["rate_per_s"] is None else f"{row['rate_per_s']:.1f} arriving per second",
+            _load_name(row),
             f"{row['output_tokens_per_s']:.0f}",
             *(_shown(row[name], 2) for name in times),
         )
         for row in result
     ]
     return [("requests", "tokens/s", *(name.replace("_", " ") for name in times)), *rows]
+
+
+def _load_name(row: dict[str, Any]) -> str:
+    if row["callers"] is not None:
+        return f"{row['callers']} at a time"
+    return f"{row['requests']} arrivals" if row["rate_per_s"] is None else f"{row['rate_per_s']:.1f} arriving per second"
 
 
 def _gaps_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -211,7 +226,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
 
     if (args.batch is None) != (args.context is None):
         raise ConfigError("--batch and --context name one decode case together; give both or none")
-    chosen: dict[str, Any] = {"ttft_beside": args.beside, "num_requests": args.requests, "on_progress": _say}
+    chosen: dict[str, Any] = {"ttft_beside": args.beside, "num_requests": args.requests, "on_progress": _say, "arrivals": args.arrivals}
     if args.batch is not None:
         chosen |= {"decode_cases": ((args.batch, args.context),), "gaps_case": (args.batch, args.context)}
     elif args.decode_cases is not None:
@@ -275,6 +290,19 @@ def _load_cases(text: str) -> tuple[tuple[int, int, int], ...]:
             raise argparse.ArgumentTypeError(f"{part.strip()!r} is not callers x prompt tokens x tokens to generate, such as 64x128x128")
         cases.append((numbers[0], numbers[1], numbers[2]))
     return tuple(cases)
+
+
+def _arrivals(text: str) -> "tuple[Arrivals, ...]":
+    from quire.bench.engine_measures import Arrivals
+
+    try:
+        loads = json.loads(Path(text).read_bytes())
+        found = tuple(Arrivals(load["prompt_tokens"], load["tokens"], tuple(sorted(map(float, load["arrivals_s"])))) for load in loads)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} holds no list of loads: {type(error).__name__}: {error}") from None
+    if not all(load.prompt_tokens > 0 and load.num_tokens > 0 and load.arrivals_s for load in found) or not found:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a load without prompt_tokens, tokens or arrivals_s, or none at all")
+    return found
 
 
 def _count(text: str) -> int:

@@ -33,6 +33,15 @@ LoadCase: TypeAlias = tuple[int, int, int]  # (callers, prompt tokens, tokens to
 
 
 @dataclass(frozen=True, slots=True)
+class Arrivals:
+    """A load in which each request arrives when it once did elsewhere."""
+
+    prompt_tokens: int
+    num_tokens: int  # to generate
+    arrivals_s: tuple[float, ...]  # since the start, ascending
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """How much is measured."""
 
@@ -44,6 +53,7 @@ class Settings:
     ttft_beside: int = 64  # sequences that decode beside
     gaps_case: Case = (64, 1024)  # a batch in steady decode and its context
     load_cases: tuple[LoadCase, ...] = ((64, 128, 128), (256, 128, 128))
+    arrivals: tuple[Arrivals, ...] = ()  # loads instead of these cases
     num_requests: int | None = None  # of mixed256 and azure_conv400, from the front; None: all
     on_progress: Callable[[str], None] = field(default=lambda _: None)
 
@@ -167,8 +177,18 @@ def measure_ttft(engine: Engine, settings: Settings) -> dict[str, Any]:
 
 def measure_load(engine: Engine, settings: Settings) -> list[dict[str, Any]]:
     """What `quire bench serve` measures through the edge, of the engine alone: a row per closed loop, and one of an open loop at
-    OPEN_LOOP_SHARE of what the last closed loop carried."""
+    OPEN_LOOP_SHARE of what the last closed loop carried. If there are arrivals, a row for each of those instead."""
     rows: list[dict[str, Any]] = []
+    for load in settings.arrivals:
+        _check_length(engine, load.prompt_tokens, load.num_tokens)
+        case = len(load.arrivals_s), load.prompt_tokens
+        requests = fixed(case, num_tokens=load.num_tokens, vocab_size=engine.plan.folder.vocab_size)
+        engine.run(requests[:NUM_WARM_UP])
+        run = engine.run_load(requests, arrivals_s=load.arrivals_s)
+        rows.append({"callers": None, "rate_per_s": None, **_load_row(run, requests)})
+        settings.on_progress(f"load of {len(requests)} arrivals: {rows[-1]['output_tokens_per_s']:.0f} tokens/s")
+    if rows:
+        return rows
     for callers, prompt_tokens, num_tokens in settings.load_cases:
         _check_length(engine, prompt_tokens, num_tokens)
         num_requests = settings.num_requests or LOAD_REQUESTS_PER_CALLER * callers
@@ -205,8 +225,6 @@ def _load_row(run: RunMeter, requests: Sequence[Request]) -> dict[str, Any]:
 
 def measure_gaps(engine: Engine, settings: Settings) -> dict[str, Any]:
     """How long the GPU runs no kernel between steps of steady decode, by a trace of rank 0."""
-    if engine.plan.device != "cuda":
-        raise ConfigError(f"gaps are those of a GPU's kernels, and this engine computes on {engine.plan.device}; leave gaps out")
     batch, context = settings.gaps_case
     if batch > engine.plan.max_sequences:
         raise ConfigError(f"gaps between steps of {batch} sequences need max_sequences {batch}, which is {engine.plan.max_sequences}")

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         load=f"{spec.concurrency} at a time" if spec.rate_per_s is None else f"{spec.rate_per_s:g} arriving per second",
         wall_s=max(request.end_s for request in sent),
         records=tuple(request.record for request in sent),
+        arrivals_s=tuple(request.end_s - request.record.total_s for request in sent),
         late_s=() if spec.rate_per_s is None else tuple(request.late_s for request in sent),
         objectives_s=objectives_s,
     )

@@ -31,6 +31,7 @@ class LoadReport:
     load: str  # such as "8 at a time"
     wall_s: float
     records: tuple[RequestRecord, ...]
+    arrivals_s: tuple[float, ...] = ()  # when each request arrived, since the start of the load
     late_s: tuple[float, ...] = ()  # of an open loop: from each request's arrival to its call
     objectives_s: Mapping[str, float] = field(default_factory=dict)  # by name of OBJECTIVES
 
@@ -109,6 +110,7 @@ def report_as_json(report: LoadReport) -> dict[str, Any]:
         "output_tokens_per_s": report.tokens_per_s,
         **goodput,
         **report.spreads(),
+        "arrivals_s": list(report.arrivals_s),
         "requests": [asdict(record) for record in report.records],
     }
 

@@ -86,6 +86,15 @@ def test_preemption_by_swap_is_seen_in_the_journal(tiny_config: Path) -> None:
     assert run["spared_requests"] + run["preemptions"] >= 8
 
 
+def test_a_load_is_sent_as_it_once_arrived(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrivals = tiny_config.parent / "arrivals.json"
+    loads = [{"prompt_tokens": 12, "tokens": 4, "arrivals_s": [0.6, 0.0, 0.3]}, {"prompt_tokens": 8, "tokens": 6, "arrivals_s": [0.0]}]
+    arrivals.write_text(json.dumps(loads))
+    rows = bench(tiny_config, "--workload", "load", "--arrivals", str(arrivals), capsys=capsys)["workloads"]["load"]
+    assert [(row["requests"], row["prompt_tokens"], row["tokens"], row["callers"]) for row in rows] == [(3, 12, 4, None), (1, 8, 6, None)]
+    assert rows[0]["total_s"] > 0.6 > rows[0]["ttft_p50_ms"] / 1e3  # each counts from its arrival
+
+
 @pytest.mark.slow
 def test_swap_is_held_against_recompute_and_a_large_pool(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = bench(tiny_config, "--workload", "swap", "--gpu-blocks", "24", "--requests", "6", capsys=capsys)
@@ -118,6 +127,7 @@ def test_a_rank_that_cannot_start_is_named_with_its_reason(tiny_config: Path) ->
     [
         (("--batch", "3"), "--batch and --context name one decode case together"),
         (("--model-config", "no-such-shape"), "no-such-shape is not a folder"),
+        (("--workload", "gaps"), "gaps are those of a GPU's kernels, and this engine would compute on cpu"),
         (("--model-config", "llama-8b"), "llama-8b has no tokenizer.json"),
         (("--tensor-parallel-size", "3"), "query heads cannot be split over 3 ranks"),
     ],
@@ -130,7 +140,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    "flags", [("--workload", "decode,sleep"), ("--decode-cases", "3x"), ("--load-cases", "3x4"), ("--gpu-blocks", "0")]
+    "flags",
+    [("--arrivals", "/nowhere"), ("--workload", "decode,sleep"), ("--decode-cases", "3x"), ("--load-cases", "3x4"), ("--gpu-blocks", "0")],
 )
 def test_a_flag_that_is_no_number_or_name_is_a_usage_error(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

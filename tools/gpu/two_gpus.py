@@ -6,7 +6,8 @@ groups: two groups of one GPU; the built-in model in float32, 64 streams; a rank
         the tokens of a run in which nothing happens
 split:  the same with one group of two GPUs, whose tokens must be those of one GPU
 load:   Llama 3 8B's shape with random weights on a group of two: closed loops of 64 and 256 callers and arrivals at 70 % of what the
-        engine alone carries, through gRPC from client processes, beside the engine alone
+        engine alone carries, through gRPC from client processes, beside the engine alone: under the same load, and with each request
+        arriving when it did at the edge
 
 `--device cpu --model-config DIR` tries it out where there is no GPU.
 """
@@ -110,7 +111,14 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
         # As users run it: what the tests compare after every step (checks_ranks) waits for the step's end.
         environ = {"QUIRE_CHECKS_RANKS": "false"}
         with ServeProcess(Path(folder), str(model), *shape, "--gateways", str(NUM_GATEWAYS), environ=environ) as serve:
-            return {"engine_startup_s": engine["startup_s"], **through_the_edge(serve, rows)}
+            result = {"engine_startup_s": engine["startup_s"], **through_the_edge(serve, rows)}
+        arrivals = Path(folder) / "arrivals.json"
+        arrivals.write_text(json.dumps([row.pop("arrivals") for row in result["rows"]]))
+        how = ["--model-config", arguments.model_config, *shape, "--workload", "load", "--arrivals", str(arrivals), "--json"]
+        again = _json_of([*_COMMAND, "bench", "engine", *how])["workloads"]["load"]
+        for row, engine_row in zip(result["rows"], again, strict=True):
+            row |= {"same_arrivals": engine_row, "ratio_at_same_arrivals": _ratios(row["edge"], engine_row)}
+        return result
 
 
 def through_the_edge(serve: ServeProcess, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,8 +138,13 @@ def through_the_edge(serve: ServeProcess, rows: list[dict[str, Any]]) -> dict[st
             "itl_p99_ms": 1e3 * served["itl_s"]["p99"],
             "output_tokens_per_s": served["output_tokens_per_s"],
         }
-        result["rows"].append({"engine": row, "edge": edge, "ratio": {name: edge[name] / row[name] for name in _TIMES}})
+        arrivals = {"prompt_tokens": row["prompt_tokens"], "tokens": row["tokens"], "arrivals_s": served["arrivals_s"]}
+        result["rows"].append({"engine": row, "edge": edge, "ratio": _ratios(edge, row), "arrivals": arrivals})
     return result
+
+
+def _ratios(edge: dict[str, float], engine: dict[str, Any]) -> dict[str, float]:
+    return {name: edge[name] / engine[name] for name in _TIMES}
 
 
 def _json_of(command: list[str]) -> dict[str, Any]:
