@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 # How often a child looks for its parent where the kernel cannot tell it (anything but Linux).
@@ -89,7 +89,22 @@ def die_with_parent(parent_pid: int) -> None:
         threading.Thread(target=_exit_without_parent, args=(parent_pid,), daemon=True).start()
 
 
-def stop_child(child: "subprocess.Popen[bytes]", *, timeout_s: float = STOP_TIMEOUT_S) -> int:
+class Child(Protocol):
+    """What is used of subprocess.Popen, by which other processes can be children too."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+def stop_child(child: Child, *, timeout_s: float = STOP_TIMEOUT_S) -> int:
     """End a child by SIGTERM, after `timeout_s` by SIGKILL; its exit code. A child that has ended already is left alone."""
     if child.poll() is None:
         child.terminate()

@@ -11,7 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from quire.common.child_process import enter_child
+from quire.common.early_child import EarlyChild
 from quire.common.errors import ConfigError, QuireError
 from quire.common.files import write_json_atomically
 from quire.common.messages import LAYOUT_VERSION, PROTOCOL_VERSION, RankHello
@@ -28,7 +31,7 @@ from quire.worker.gpu_memory import (
     weight_bytes,
 )
 from quire.worker.host_memory import available_memory_bytes, check_pool_fits
-from quire.worker.rank_spec import RankSpec
+from quire.worker.rank_spec import RankSpec, objection
 
 # torch and transformers take seconds to import: only after the process is tied to its parent, and timed.
 if TYPE_CHECKING:
@@ -43,23 +46,39 @@ _log = logging.getLogger(__name__)
 def main() -> int:
     """Load the model, say hello, obey plans; the exit code: 0 when asked to stop, 1 otherwise."""
     spec = RankSpec(**enter_child())
-    logging.basicConfig(level=spec.log_level.upper(), stream=sys.stderr, format=f"%(asctime)s %(levelname)s rank {spec.name}: %(message)s")
+    _begin_log(spec)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading, there is nothing to finish
+    early = None
+    if spec.early_path:
+        early = EarlyChild(Path(spec.early_path), objection=lambda late, early=spec: objection(early, RankSpec(**late)))  # type: ignore[misc]
     with ExitStack() as at_end:
+        failure = ""
         try:
             runner, hello, phases_s = _load(spec, at_end)
         except QuireError as error:
             _log.error("%s", error.message)
-            _report(spec, error.message)
-            return 1
+            failure = error.message
         except Exception as error:
             _log.exception("the rank could not start")
-            _report(spec, f"{type(error).__name__}: {error}")
+            failure = f"{type(error).__name__}: {error}"
+        if early is not None:
+            spec = RankSpec(**early.wait())
+            _begin_log(spec)
+        if failure:
+            _report(spec, failure)
             return 1
+        if early is not None:
+            _log.info("began to load before it was asked for, and is %s", spec.name)
+            hello = msgspec.structs.replace(hello, group_id=spec.group_id, term=spec.term)
 
         from quire.worker.rank_loop import RankLoop
 
         return RankLoop(spec, runner, phases_s=phases_s).run(hello)
+
+
+def _begin_log(spec: RankSpec) -> None:
+    line = f"%(asctime)s %(levelname)s rank {spec.name}: %(message)s"
+    logging.basicConfig(level=spec.log_level.upper(), stream=sys.stderr, format=line, force=True)
 
 
 def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[str, float]]":

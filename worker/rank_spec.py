@@ -1,6 +1,6 @@
 """What a rank is told when it starts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +37,7 @@ class RankSpec:
     host_address: str = ""  # of this rank's host, by which the other hosts of the group reach it; "" for a group on one host
     dummy_weights: bool = False  # random weights of the right shapes instead of the folder's
     model_backend: str = "auto"  # auto, native or transformers
+    early_path: str = ""  # socket at which a rank that loads before it is asked for learns whose it is (common/early_child.py); "" for none
     trace_path: str = ""  # SIGUSR1 traces the next steps into this file, NAME.json.gz (step_trace.py); "" for no such signal
     curve: dict[str, str] | None = field(default=None, repr=False)  # CurveKeys of clients, if the scheduler's address is TCP
 
@@ -44,6 +45,20 @@ class RankSpec:
     def name(self) -> str:
         """How logs and the scheduler's socket know this rank."""
         return f"{self.group_id}/{self.rank}"
+
+
+# What an early rank need not know while it loads.
+_LATE: Final = ("group_id", "term", "scheduler_address", "rank_lease_s", "log_level", "report_path", "curve", "early_path", "trace_path")
+
+
+def objection(early: RankSpec, spec: RankSpec) -> str:
+    """Why a rank that has begun to load by `early` cannot go on by `spec`; "" if it can."""
+    different = [
+        f"{field.name} is {getattr(early, field.name)!r} instead of {getattr(spec, field.name)!r}"
+        for field in fields(RankSpec)
+        if field.name not in _LATE and getattr(early, field.name) != getattr(spec, field.name)
+    ]
+    return "; ".join(different)
 
 
 def make_rank_spec(

@@ -26,6 +26,7 @@ from quire.cluster.controller.discovery import (
     server_credentials,
     tokenizer_files,
 )
+from quire.cluster.controller.early_ranks import early_folder
 from quire.cluster.controller.groups import (
     MAX_RESTARTS_IN_A_ROW,
     STEADY_S,
@@ -134,7 +135,10 @@ class _Controller:
         self._changed = asyncio.Condition()
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._scheduler: Any = None
-        self._ranks = RankActors(rank_resource, may_leave_head=scheduler_listen is not None)
+        early = early_folder(self._folder)
+        self._ranks = RankActors(
+            rank_resource, may_leave_head=scheduler_listen is not None, early_folder=str(early) if early.is_dir() else None
+        )
         self._rank_resource = rank_resource
         self._scaling = asyncio.Lock()
         self._queries: dict[int, asyncio.Future[Status]] = {}

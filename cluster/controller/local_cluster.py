@@ -17,6 +17,7 @@ from ray._private import ray_constants
 
 from quire.cluster.controller.actor_wait import ActorWait
 from quire.cluster.controller.controller import CONTROLLER_NAME, NAMESPACE, Controller, discovery_address
+from quire.cluster.controller.early_ranks import EarlyRanks
 from quire.cluster.controller.gateways import Gateways, gateway_spec
 from quire.cluster.controller.reaper import let_go, start_reaper
 from quire.cluster.controller.stop_signals import StopSignals
@@ -33,6 +34,8 @@ MAX_BASE_CHARS: Final = 20
 # What a rank without a GPU takes of our own Ray, which only counts: so many ranks per core are slow, and still start.
 CPU_RANK_RESOURCE: Final = "rank_place"
 MAX_RANKS_PER_CPU: Final = 4
+# How long ranks that begin early may take until they listen; Ray takes longer to start.
+EARLY_TIMEOUT_S: Final = 10.0
 # How long the controller may take to end what it started.
 STOP_TIMEOUT_S: Final = 30.0
 # How long its answer may take once it has closed its socket, which is the last thing it does.
@@ -58,6 +61,7 @@ class LocalCluster:
         self._controller: Any = None
         self._gateways: Gateways | None = None
         self._compiler: subprocess.Popen[bytes] | None = None
+        self._early: EarlyRanks | None = None
         self._over: ActorWait
         self.metrics_addresses: dict[str, str] = {}  # of the gateways and the controller, once they serve
 
@@ -91,7 +95,10 @@ class LocalCluster:
             logs=self._logs(),
         )
         self._gateways.start()
-        if self._plan.device == "cuda":
+        self._early = EarlyRanks(
+            self._plan, folder=self.folder, logs=self._logs(), log_level=self._config.log_level, gpus=visible_gpu_names()
+        )
+        if self._plan.device == "cuda" and self._plan.tensor_parallel_size > 1:
             self._compiler = self._start_compiler()
         self._stop.install()
         try:
@@ -101,6 +108,7 @@ class LocalCluster:
         self._stop.install()
         if self._stop.is_set():
             return ""
+        self._early.wait_listening(EARLY_TIMEOUT_S)
         rank_resource = "GPU" if self._plan.device == "cuda" else CPU_RANK_RESOURCE
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
         self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource, discovery_address(self.folder))
@@ -121,6 +129,7 @@ class LocalCluster:
                 if reason:
                     raise Unavailable(self._explain(reason))
                 is_ready = True
+                self._early.end_unused()
             elif is_ready:
                 time.sleep(POLL_S)
         self.metrics_addresses = {**self._gateways.metrics_addresses, "controller": str(metrics_address)}
@@ -146,6 +155,8 @@ class LocalCluster:
             stop_child(self._compiler)
         if self._controller is not None:
             self._stop_controller()
+        if self._early is not None:
+            self._early.end()
         if ray.is_initialized():
             ray.shutdown()
         let_go(self._reaper)
@@ -167,7 +178,7 @@ class LocalCluster:
             return probe.connect_ex(discovery_address(self.folder).removeprefix("unix:")) == 0
 
     def _start_compiler(self) -> "subprocess.Popen[bytes]":
-        """Begin with the kernels of the ranks, which would else wait for their own ones: Ray takes a third of a start."""
+        """Begin with the kernels of ranks that have to wait for Ray."""
         spec = make_rank_spec(
             self._plan,
             group_id="compile",
@@ -236,7 +247,13 @@ def _store_exit_code() -> int | None:
 
 def num_visible_gpus() -> int:
     """How many GPUs this process may use."""
+    return len(visible_gpu_names())
+
+
+def visible_gpu_names() -> list[str]:
+    """The GPUs that this process may use, as CUDA names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return len([name for name in named.split(",") if name.strip()])
-    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+        return [name.strip() for name in named.split(",") if name.strip()]
+    numbers = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*")]
+    return [str(number) for number in range(len([number for number in numbers if number.isdigit()]))]

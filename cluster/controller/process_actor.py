@@ -7,7 +7,6 @@ actor dies (common/child_process.py).
 import asyncio
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +14,8 @@ import ray
 
 from quire.cluster.controller.desired_state import has_state
 from quire.cluster.controller.listen_address import free_port_pair
-from quire.common.child_process import start_child, stop_child
+from quire.common.child_process import Child, start_child, stop_child
+from quire.common.early_child import adopt_child
 
 # What `wait` says of a child that SIGSTOP holds. Time-outs of steps would find it out too, but must allow for busy machines.
 STOPPED: Final = -int(signal.SIGSTOP)
@@ -28,20 +28,26 @@ class _ProcessActor:
     """All methods run on the actor's one event loop, whose thread lives as long as the actor: the child's life hangs on it."""
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._report_path: str | None = None
 
-    async def start(self, module: str, spec: dict[str, Any], log_path: str, environ: dict[str, str] | None = None) -> int:
+    async def start(
+        self, module: str, spec: dict[str, Any], log_path: str, environ: dict[str, str] | None = None, early: tuple[str, str] | None = None
+    ) -> int:
         """Start `python -m module`; its process id. Its output is appended to `log_path` on its own host.
 
         environ: variables that it has beside those of the actor, or instead of them
+        early: folder and names of children that may be there already, of which one is taken instead
         """
         assert self._child is None, "one actor holds one child"
         self._report_path = spec.get("report_path") or None
         logs = Path(log_path).parent
         logs.parent.mkdir(mode=0o700, exist_ok=True)  # on a host where the controller is not
         logs.mkdir(exist_ok=True)
-        self._child = start_child(module, spec, log_path=Path(log_path), environ=environ)
+        if early is not None:
+            self._child = await asyncio.to_thread(adopt_child, Path(early[0]), early[1], spec, log_path=Path(log_path))
+        if self._child is None:
+            self._child = start_child(module, spec, log_path=Path(log_path), environ=environ)
         return self._child.pid
 
     async def meeting_place(self) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from ray._private.state import available_resources_per_node  # Ray tells it per 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from quire.cluster.controller.early_ranks import early_name
 from quire.cluster.controller.groups import Group
 from quire.cluster.controller.process_actor import ProcessActor
 from quire.common.errors import Unavailable
@@ -45,13 +46,15 @@ class Child:
 class RankActors:
     """The ranks of all groups. Calls for one group do not overlap, but for `end`, which ends what the others wait for."""
 
-    def __init__(self, rank_resource: str, *, may_leave_head: bool = False) -> None:
+    def __init__(self, rank_resource: str, *, may_leave_head: bool = False, early_folder: str | None = None) -> None:
         """
         rank_resource: of which Ray resource a rank takes one
         may_leave_head: whether groups may be on other hosts than the scheduler
+        early_folder: where ranks wait that began to load before there was a controller (early_ranks.py)
         """
         self._rank_resource = rank_resource
         self._may_leave_head = may_leave_head
+        self._early_folder = early_folder
         self._actors: dict[str, list[Any]] = {}
         self._places: dict[str, PlacementGroup] = {}
         self.placed: dict[str, int] = {}  # groups whose place Ray has made, with their number of ranks
@@ -102,9 +105,10 @@ class RankActors:
         try:
             meeting = await self._meeting_specs(actors)
             environs = await self._environs(actors)
+            early = await self._early(actors)
             await asyncio.gather(
                 *(
-                    actor.start.remote("quire.worker.rank_process", child.spec | spec, child.log_path, environ)
+                    actor.start.remote("quire.worker.rank_process", child.spec | spec, child.log_path, environ, early)
                     for actor, child, spec, environ in zip(actors, children, meeting, environs, strict=True)
                 )
             )
@@ -134,6 +138,12 @@ class RankActors:
         found = await asyncio.gather(*(actor.gpus.remote() for actor in actors))
         gpus = [gpu for of_rank in found for gpu in of_rank]
         return [{"CUDA_VISIBLE_DEVICES": visible_gpus(gpus, rank=rank)} for rank in range(len(actors))]
+
+    async def _early(self, actors: Sequence[Any]) -> tuple[str, str] | None:
+        """Where early ranks may be, and the names of those that can be this group's: with a GPU, those that have that one."""
+        if self._early_folder is None or len(actors) > 1:
+            return None
+        return self._early_folder, early_name((await actors[0].gpus.remote())[0] if self._rank_resource == "GPU" else None)
 
     async def adopt(self, group: Group) -> bool:
         """Take the ranks that a controller before this one started under the group's ranks_term; whether all are there, each with a
