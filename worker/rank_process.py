@@ -158,15 +158,6 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
         collective=collective,
     )
     end_phase("weights")
-    if not isinstance(model, LlamaModel):
-        from quire.worker.models.self_check import check_model
-
-        check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
-        end_phase("self-check")
-    if compiling is not None:
-        compiling.wait()
-        end_phase("kernels")
-    _check_host_memory(spec, block_bytes)  # once more: the weights are in memory now
 
     def make_kv_cache(num_blocks: int) -> KvCache:
         return KvCache(
@@ -179,12 +170,22 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
             device=spec.device,
         )
 
+    beside = ThreadPoolExecutor(1)
+    pinning = beside.submit(pin_slabs, make_kv_cache(1), num_blocks=spec.num_cpu_blocks) if spec.device == "cuda" else None
+    beside.shutdown(wait=False)
+    if not isinstance(model, LlamaModel):
+        from quire.worker.models.self_check import check_model
+
+        check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
+        end_phase("self-check")
+    if compiling is not None:
+        compiling.wait()
+        end_phase("kernels")
+    _check_host_memory(spec, block_bytes)  # once more: the weights are in memory now
     slabs = None
-    if spec.device == "cuda":
-        with ThreadPoolExecutor(1) as beside:
-            pinning = beside.submit(pin_slabs, make_kv_cache(1), num_blocks=spec.num_cpu_blocks)
-            num_gpu_blocks = least(collective, _num_gpu_blocks(spec, model, block_bytes))
-            slabs = pinning.result()
+    if pinning is not None:
+        num_gpu_blocks = least(collective, _num_gpu_blocks(spec, model, block_bytes))
+        slabs = pinning.result()
     else:
         assert spec.num_gpu_blocks is not None, "a pool of free memory is for GPUs"
         num_gpu_blocks = spec.num_gpu_blocks

@@ -1,6 +1,6 @@
 """Linear layers of few rows on a bare GPU machine: each tile beside torch's product, then whole layers.
 
-    python -P tools/gpu/linear.py --out FILE
+    python -P tools/gpu/linear.py --out FILE [--models llama-8b,qwen3-0.6b] [--rows 1,2,4,8,16,32,64]
 
 Shares are of the bandwidth at which the same run reads memory. Every product is first compared with a float32 reference.
 """
@@ -35,8 +35,18 @@ SHAPES = {
         ("qkv", "norm", 4096, 1024), ("output", "residual", 1024, 2048), ("gate_up", "gated", 3072, 1024),
         ("down", "residual", 1024, 3072), ("head", "plain", 151936, 1024),
     ],
+    # As products alone, of several rows: norms are launches of their own there.
+    "llama-8b products": [
+        ("qkv", "plain", 6144, 4096), ("output", "residual", 4096, 4096), ("gate_up", "gate", 14336, 4096),
+        ("down", "residual", 4096, 14336),
+    ],
+    # A rank's part of two.
+    "llama-70b half": [
+        ("qkv", "plain", 5120, 8192), ("output", "plain", 8192, 4096), ("gate_up", "gate", 14336, 8192), ("down", "plain", 8192, 14336),
+    ],
 }  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+MODELS = ("llama-8b", "qwen3-0.6b")
 TILES = [
     LinearTile(16, 256, 2, 4),
     LinearTile(16, 256, 2, 6),
@@ -44,6 +54,9 @@ TILES = [
     LinearTile(32, 128, 4, 5),
     LinearTile(32, 256, 4, 3),
     LinearTile(32, 256, 4, 4),
+    LinearTile(32, 128, 4, 8),
+    LinearTile(64, 128, 4, 6),
+    LinearTile(64, 128, 8, 5),
     LinearTile(64, 64, 4, 6),
     LinearTile(64, 128, 4, 4),
     LinearTile(128, 64, 4, 5),
@@ -70,7 +83,8 @@ class Work:
 
     def __init__(self, kind: str, num_columns: int, num_inputs: int, num_rows: int, *, num_weights: int | None = None) -> None:
         self.kind = kind
-        stacked = num_columns * (2 if kind == "gated" else 1)
+        self.is_gated = kind in ("gated", "gate")  # gated: with a norm before it
+        stacked = num_columns * (2 if self.is_gated else 1)
         count = num_weights or max(2, min(64, int(BYTES_IN_TURN / (stacked * num_inputs * 2)) + 1))
         self.weights = [torch.randn(stacked, num_inputs, device="cuda", dtype=torch.bfloat16) * num_inputs**-0.5 for _ in range(count)]
         self.inputs = torch.randn(num_rows, num_inputs, device="cuda", dtype=torch.bfloat16)
@@ -80,14 +94,14 @@ class Work:
 
     def launch(self, index: int, tile: LinearTile, *, overlaps: bool = False) -> Tensor:
         return skinny_linear(
-            self.inputs, self.weights[index], tile=tile, norm=self.norm, eps=1e-5, residual=self.residual, is_gated=self.kind == "gated",
+            self.inputs, self.weights[index], tile=tile, norm=self.norm, eps=1e-5, residual=self.residual, is_gated=self.is_gated,
             output=self.output, overlaps=overlaps,
         )  # fmt: skip
 
     def error(self, tile: LinearTile, *, overlaps: bool = False) -> float:
         before = None if self.residual is None else self.residual.clone()
         exact = {name: None if part is None else part.float() for name, part in (("norm", self.norm), ("residual", before))}
-        expected = skinny_linear_reference(self.inputs.float(), self.weights[0].float(), eps=1e-5, is_gated=self.kind == "gated", **exact)
+        expected = skinny_linear_reference(self.inputs.float(), self.weights[0].float(), eps=1e-5, is_gated=self.is_gated, **exact)
         self.output.fill_(float("nan"))
         actual = self.launch(0, tile, overlaps=overlaps).float()
         if before is not None and self.residual is not None:
@@ -126,7 +140,7 @@ def suits(tile: LinearTile, num_rows: int, num_inputs: int, num_columns: int) ->
         return num_rows == 1
     if num_columns > 100_000 and tile.num_columns < 32:
         return False
-    return not (num_rows > 32 and tile.num_inputs * tile.num_stages > 512)
+    return not (num_rows > 32 and tile.num_inputs * tile.num_stages > 768)
 
 
 def compile_some(jobs: Sequence[Job]) -> int:
@@ -187,11 +201,14 @@ def whole_layer(model: str, num_rows: int, tiles: dict[str, LinearTile | None], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"by comma, of {', '.join(SHAPES)}")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="by comma")
     arguments = parser.parse_args()
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "triton": triton.__version__}
     report["read_bytes_per_s"] = bandwidth = read_bandwidth()
     print(report, flush=True)
-    cases = [(model, shape, num_rows) for model, shapes in SHAPES.items() for shape in shapes for num_rows in ROWS]
+    models, all_rows = arguments.models.split(","), [int(count) for count in arguments.rows.split(",")]
+    cases = [(model, shape, num_rows) for model in models for shape in SHAPES[model] for num_rows in all_rows]
     jobs: dict[tuple[Any, ...], Job] = {}
     for (_, (_, kind, columns, inputs), num_rows), tile in product(cases, TILES):
         if suits(tile, num_rows, inputs, columns):
@@ -233,7 +250,7 @@ def main() -> None:
     report["products"] = rows
     arguments.out.write_text(json.dumps(report, indent=1))
     layers = []
-    for model, num_rows in product(SHAPES, ROWS[:6]):
+    for model, num_rows in product([model for model in models if model in MODELS], [count for count in all_rows if count <= 32]):
         tiles = {name: best[model, name, num_rows] for name, *_ in SHAPES[model]}
         layer = {"model": model, "rows": num_rows, "torch": whole_layer(model, num_rows, tiles, fused=False, overlaps=False)}
         for overlaps in (False, True):
