@@ -125,7 +125,7 @@ def adopt_child(folder: Path, names: str, spec: Mapping[str, Any], *, log_path: 
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             try:
                 connection.connect(str(path))
-            except OSError:  # it ended, or another was quicker
+            except OSError:  # it ended, or another owner was quicker, which shows here or below
                 continue
             child = AdoptedChild(_peer_pid(connection), folder)
             connection.settimeout(ANSWER_TIMEOUT_S)
@@ -133,13 +133,18 @@ def adopt_child(folder: Path, names: str, spec: Mapping[str, Any], *, log_path: 
                 with connection.makefile("rwb") as stream:
                     stream.write(order)
                     stream.flush()
-                    objection = json.loads(stream.readline(MAX_LINE_BYTES))["objection"]
+                    answer = stream.readline(MAX_LINE_BYTES)
+                    if not answer:
+                        continue
+                    objection = json.loads(answer)["objection"]
                     if not objection:
                         stream.write(b"taken\n")
                         stream.flush()
                         return child
-            except (OSError, ValueError) as error:
-                objection = f"{type(error).__name__}: {error}"
+            except TimeoutError:
+                objection = f"it did not answer within {ANSWER_TIMEOUT_S:g} s"
+            except OSError:
+                continue
         _log.warning("early child %s cannot be taken: %s", path.stem, objection)
         try:  # what it holds is needed by the one that is started instead
             child.wait(END_TIMEOUT_S)

@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 MAX_QUEUED_MESSAGES: Final = 64
 # Steps that are under way at once: as many plans as a scheduler has outstanding.
 MAX_STEPS_LAUNCHED: Final = 2
-# A rank whose scheduler is gone says hello this often, until a scheduler has a plan for it.
+# A rank says hello this often until a scheduler has a plan for it: at its start, when the scheduler may not know its group yet,
+# and when the scheduler is gone.
 HELLO_AGAIN_S: Final = 0.5
 # How long an exiting rank waits for its last messages to leave.
 LINGER_S: Final = 1.0
@@ -78,6 +79,7 @@ class RankLoop:
         link.connect(self._spec.scheduler_address)
         try:
             link.send(encode(hello))
+            self._hello_again_s = time.monotonic() + HELLO_AGAIN_S
             return self._obey(link, monitor, wake, hello)
         except zmq.Again:
             _log.error("the scheduler took no message for %g s; exiting", SEND_TIMEOUT_S)

@@ -56,6 +56,10 @@ class EarlyRanks:
                 environ=environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}),
             )
 
+    @property
+    def count(self) -> int:
+        return len(self._children)
+
     def wait_listening(self, timeout_s: float) -> None:
         """Wait until each of them can be asked for, or has ended; not longer than `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s

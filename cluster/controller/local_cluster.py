@@ -98,7 +98,7 @@ class LocalCluster:
         self._early = EarlyRanks(
             self._plan, folder=self.folder, logs=self._logs(), log_level=self._config.log_level, gpus=visible_gpu_names()
         )
-        if self._plan.device == "cuda" and self._plan.tensor_parallel_size > 1:
+        if self._plan.device == "cuda" and self._early.count == 0:
             self._compiler = self._start_compiler()
         self._stop.install()
         try:

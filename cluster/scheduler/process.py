@@ -161,7 +161,9 @@ class SchedulerProcess:
         group_id = peer.decode().rpartition("/")[0]
         match message:
             case RankHello():
-                log.info("rank %r is there under term %d with %d blocks", peer.decode(), message.term, message.num_gpu_blocks)
+                group = self._scheduler.groups.get(message.group_id)
+                if group is None or not group.is_ready:  # else it only wants to know whether we have a plan
+                    log.info("rank %r is there under term %d with %d blocks", peer.decode(), message.term, message.num_gpu_blocks)
                 self._send_again(peer, message)
                 self._scheduler.rank_hello(message, self._clock())
             case StepResult():

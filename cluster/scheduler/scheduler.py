@@ -270,7 +270,7 @@ class Scheduler:
         """A rank is there. The group is ready when all are, and they agree on model, layout and version."""
         group = self.groups.get(message.group_id)
         if group is None or not group.oldest_term <= message.term <= group.term or group.is_ready:
-            return  # of a term that is over, or one that the controller has not told us of: its lease will end it
+            return  # of a term that is over, whose lease will end it, or one that the controller will tell us of: it says hello again
         objection = _objection(group, message)
         if objection:
             self._lose(group, objection, now_s)

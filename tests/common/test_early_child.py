@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,23 @@ def test_one_that_was_not_taken_at_last_ends(early: "subprocess.Popen[bytes]", t
     assert early.wait(TIMEOUT_S) == 1
     assert "its owner gave up" in (tmp_path / "early.log").read_text()
     assert not (tmp_path / "owned.log").exists()
+
+
+def test_owners_that_ask_at_once_get_one_each(early: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
+    """All of them connect to the same one first; whoever is late goes on to the next."""
+    path = early_path(tmp_path, "a-1")
+    other = start_early("early_sleeper", SPEC, path=path, log_path=tmp_path / "early-1.log", environ={})
+    wait_for(path.exists, timeout_s=TIMEOUT_S)
+    early.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(3) as owners:
+        asked = [owners.submit(adopt, tmp_path) for _ in range(3)]
+        time.sleep(0.3)
+        early.send_signal(signal.SIGCONT)
+        children = [future.result() for future in asked]
+    assert sorted(child.pid for child in children if child is not None) == sorted([early.pid, other.pid])
+    assert early.poll() is None
+    assert other.poll() is None
+    assert stop_child(other) == -signal.SIGTERM
 
 
 def test_one_that_does_not_answer_is_ended(early: "subprocess.Popen[bytes]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

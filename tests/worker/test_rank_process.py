@@ -47,14 +47,20 @@ class Rank:
         self.name = f"g/{self.spec['rank']}".encode()
         self.process = start_child("quire.worker.rank_process", self.spec)
 
-    def receive(self, timeout_s: int = ANSWER_TIMEOUT_S) -> Any:
+    def receive(self) -> Any:
+        """What it answers; hellos again, which come until it has a plan, are left out."""
+        while isinstance(message := self._receive(ANSWER_TIMEOUT_S), RankHello):
+            pass
+        return message
+
+    def hello(self) -> Any:
+        return self._receive(START_TIMEOUT_S)
+
+    def _receive(self, timeout_s: int) -> Any:
         assert self.socket.poll(timeout_s * 1000), "the rank is silent"
         identity, frame = self.socket.recv_multipart()
         assert identity == self.name
         return decode_rank_up(frame)
-
-    def hello(self) -> Any:
-        return self.receive(START_TIMEOUT_S)
 
     def send(self, plan: StepPlan) -> None:
         self.socket.send_multipart([self.name, encode(plan)])
@@ -99,6 +105,16 @@ def start(tiny_folder: Path) -> Iterator[StartRank]:
 def a_prompt(row: int = 0, count: int = 6, first_block: int = 0) -> dict[str, Any]:
     added = RowAdd(row, tuple(range(5, 5 + count)), count, 0, tuple(range(first_block, first_block + 4)), 0, SamplingState(temperature=0.0))
     return {"add_rows": (added,), "chunks": (Chunk(row, 0, count, True),), "samples": ((row, row),)}
+
+
+def test_a_rank_says_hello_until_it_has_a_plan(start: StartRank) -> None:
+    """The scheduler may not know its group yet, and then heeds no hello."""
+    rank = start()
+    hellos = [rank.hello() for _ in range(3)]
+    assert hellos[0] == hellos[1] == hellos[2]
+    assert rank.step(StepPlan(3, 0, **a_prompt())).counts == (1,)
+    while rank.socket.poll(1500):
+        assert not isinstance(decode_rank_up(rank.socket.recv_multipart()[1]), RankHello)
 
 
 def test_a_rank_says_hello_obeys_plans_in_order_and_leaves_when_asked(start: StartRank, tiny_folder: Path) -> None:

@@ -38,7 +38,7 @@ NUM_CLIENTS = 16
 RANK = "quire.worker.rank_process"
 _BENCH_TIMEOUT_S = 200
 _COMMAND = [sys.executable, "-P", "-m", "quire.cli.main"]
-_TIMES = ("ttft_p50_ms", "tpot_p50_ms", "itl_p99_ms")
+_TIMES = ("ttft_p50_ms", "tpot_p50_ms", "itl_p50_ms", "itl_p99_ms")
 
 
 def main() -> None:
@@ -135,6 +135,7 @@ def through_the_edge(serve: ServeProcess, rows: list[dict[str, Any]]) -> dict[st
         edge = {
             "ttft_p50_ms": 1e3 * served["ttft_s"]["p50"],
             "tpot_p50_ms": 1e3 * served["tpot_s"]["p50"],
+            "itl_p50_ms": 1e3 * served["itl_s"]["p50"],
             "itl_p99_ms": 1e3 * served["itl_s"]["p99"],
             "output_tokens_per_s": served["output_tokens_per_s"],
         }
