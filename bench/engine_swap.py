@@ -71,9 +71,11 @@ def measure_swap(
 def measure_policy(
     plan: ModelPlan, requests: list[Request], *, logs: Path | None, start_timeout_s: float, repetitions: int
 ) -> dict[str, Any]:
-    """An engine that runs by this plan, and what its preemptions took. Its scheduler writes a journal meanwhile."""
+    """An engine that runs by this plan, and what its preemptions took. Its scheduler writes a journal meanwhile, which stays in `logs`."""
     with tempfile.TemporaryDirectory(prefix="quire-bench-") as folder:
-        journal = Path(folder) / "journal"
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+        journal = (logs or Path(folder)) / "journal"
         with Engine(plan, log_folder=logs, journal=journal, start_timeout_s=start_timeout_s) as engine:
             ready = engine.ready
             assert ready is not None, "an engine that was entered is ready"

@@ -12,6 +12,8 @@ class LinearTile:
     num_warps: int
     num_stages: int  # turns whose loads are in flight, the one that computes included
     uses_tensor_cores: bool = True  # else products are multiplied and summed, which serves a single row
+    # Weights are the left factor: of 64 columns and more, warpgroup products take them from shared memory as they came.
+    has_weights_left: bool = False
 
 
 def row_tile(*, num_inputs: int, is_gated: bool = False) -> LinearTile | None:

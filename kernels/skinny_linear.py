@@ -28,7 +28,7 @@ def skinny_linear(
     output: Tensor | None = None,
     overlaps: bool = False,
 ) -> Tensor:
-    """inputs @ weight.T, for up to 64 rows.
+    """inputs @ weight.T, for up to 128 rows.
 
     inputs:   [num_rows, num_inputs], last dim contiguous; num_inputs is a multiple of the tile's
     weight:   [num_columns, num_inputs], contiguous; of the inputs' dtype
@@ -49,6 +49,7 @@ def skinny_linear(
     assert weight.stride() == (num_inputs, 1), weight.stride()
     assert weight.dtype == inputs.dtype, (weight.dtype, inputs.dtype)
     assert num_inputs % tile.num_inputs == 0, (weight.shape, tile)
+    assert tile.uses_tensor_cores or not tile.has_weights_left, tile
     assert norm is None or inputs.dtype != torch.float16 or not tile.uses_tensor_cores, tile
     assert residual is None or (not is_gated and residual.stride(1) == 1)
     if residual is not None:
@@ -74,6 +75,7 @@ def skinny_linear(
         HAS_RESIDUAL=residual is not None,
         IS_GATED=is_gated,
         USES_DOT=tile.uses_tensor_cores,
+        WEIGHTS_LEFT=tile.has_weights_left,
         OVERLAPS=overlaps,
         PREFETCHED=max(1, _PREFETCHED_BYTES // tile.num_columns // 128),
         num_warps=tile.num_warps,
@@ -101,6 +103,7 @@ def _skinny_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     IS_GATED: tl.constexpr,
     USES_DOT: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
     OVERLAPS: tl.constexpr,
     PREFETCHED: tl.constexpr,
 ) -> None:
@@ -120,7 +123,10 @@ def _skinny_linear_kernel(
     is_row = row < num_rows
     source = inputs + row.to(tl.int64)[:, None] * inputs_stride + place[None, :]
     squares = tl.zeros([ROWS], tl.float32)
-    if USES_DOT:
+    if WEIGHTS_LEFT:
+        sums = tl.zeros([COLUMNS, ROWS], tl.float32)
+        other_sums = tl.zeros([COLUMNS, ROWS], tl.float32)
+    elif USES_DOT:
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
         other_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     else:
@@ -136,7 +142,12 @@ def _skinny_linear_kernel(
             # quarter fewer programs on a multiprocessor, and as many loads fewer in flight.
             numbers = exact if numbers.dtype == tl.float16 else exact.to(numbers.dtype)
         tile = tl.load(weights + first, mask=is_column[:, None], other=0.0)
-        if USES_DOT:
+        if WEIGHTS_LEFT:
+            sums = tl.dot(tile, tl.trans(numbers), sums, input_precision="ieee")
+            if IS_GATED:
+                other_tile = tl.load(others + first, mask=is_column[:, None], other=0.0)
+                other_sums = tl.dot(other_tile, tl.trans(numbers), other_sums, input_precision="ieee")
+        elif USES_DOT:
             sums = tl.dot(numbers, tl.trans(tile), sums, input_precision="ieee")
             if IS_GATED:
                 other_tile = tl.load(others + first, mask=is_column[:, None], other=0.0)
@@ -146,7 +157,11 @@ def _skinny_linear_kernel(
             if IS_GATED:
                 other_tile = tl.load(others + first, mask=is_column[:, None], other=0.0)
                 other_parts += numbers.to(tl.float32)[:, None, :] * other_tile.to(tl.float32)[None, :, :]
-    if not USES_DOT:
+    if WEIGHTS_LEFT:
+        sums = tl.trans(sums)
+        if IS_GATED:
+            other_sums = tl.trans(other_sums)
+    elif not USES_DOT:
         sums = tl.sum(parts, 2)
         if IS_GATED:
             other_sums = tl.sum(other_parts, 2)

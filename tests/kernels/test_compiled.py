@@ -17,7 +17,7 @@ from quire.kernels.all_reduce import MAX_PROGRAMS, Peers, all_gather, all_reduce
 from quire.kernels.attention_tiles import prefill_tile
 from quire.kernels.copy_blocks import copy_blocks
 from quire.kernels.decode_plan import allocate_decode_plan, plan_decode
-from quire.kernels.linear_tiles import head_tile, row_tile
+from quire.kernels.linear_tiles import LinearTile, head_tile, row_tile
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
 from quire.kernels.prepare_inputs import allocate_step_tokens, append_tokens, prepare_inputs
@@ -103,6 +103,16 @@ def test_logits_of_few_rows_spill_nothing(num_rows: int) -> None:
     assert kernel.num_registers <= 255
     assert (kernel.count("HMMA", "HGMMA") > 0) == (num_rows > 1)
     assert "ld.global.v4.b32" in kernel.ptx or kernel.count("LDGSTS") > 0, "16 bytes a load"
+
+
+@pytest.mark.parametrize("num_rows", [16, 32, 64, 128])
+def test_weights_as_the_left_factor_go_to_warpgroup_products_as_they_come(num_rows: int) -> None:
+    tile = LinearTile(64, 128, 4, 4, has_weights_left=True)
+    (kernel,) = compiled(lambda: skinny_linear(zeros(num_rows, 4096), zeros(8192, 4096), tile=tile))
+    assert kernel.stack_bytes == 0
+    assert kernel.count("HGMMA") > 0
+    assert kernel.count("HMMA", "LDSM") == 0, "nothing goes through registers"
+    assert kernel.count("LDGSTS", "UTMALDG") > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -10,6 +10,7 @@ from quire.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 
 TILES = {
     "tensor cores": LinearTile(num_columns=16, num_inputs=32, num_warps=2, num_stages=3),
+    "weights left": LinearTile(num_columns=16, num_inputs=32, num_warps=2, num_stages=3, has_weights_left=True),
     "multiplied": LinearTile(num_columns=4, num_inputs=64, num_warps=2, num_stages=2, uses_tensor_cores=False),
 }
 
@@ -20,26 +21,26 @@ def products(
     """The kernel's result, and the reference's in float32."""
     generator = torch.Generator().manual_seed(0)
 
+    is_gated = kind in ("gated", "gate")  # gated: with a norm before it
+
     def numbers(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator).to(kernel_device(), dtype)
 
     # Inputs as a model has them: a part of a wider tensor.
     inputs = numbers(num_rows, num_inputs + 16)[:, :num_inputs]
-    weight = numbers(num_columns * (2 if kind == "gated" else 1), num_inputs) * num_inputs**-0.5
+    weight = numbers(num_columns * (2 if is_gated else 1), num_inputs) * num_inputs**-0.5
     norm = 1 + 0.1 * numbers(num_inputs) if kind in ("norm", "gated") else None
     residual = numbers(num_rows, num_columns) if kind == "residual" else None
     exact = {name: None if tensor is None else tensor.float() for name, tensor in (("norm", norm), ("residual", residual))}
-    expected = skinny_linear_reference(inputs.float(), weight.float(), eps=1e-5, is_gated=kind == "gated", **exact)
+    expected = skinny_linear_reference(inputs.float(), weight.float(), eps=1e-5, is_gated=is_gated, **exact)
     output = torch.full((num_rows, num_columns), float("nan"), dtype=dtype, device=kernel_device())
-    actual = skinny_linear(
-        inputs, weight, tile=tile, norm=norm, eps=1e-5, residual=residual, is_gated=kind == "gated", output=output, **options
-    )
+    actual = skinny_linear(inputs, weight, tile=tile, norm=norm, eps=1e-5, residual=residual, is_gated=is_gated, output=output, **options)
     assert actual is (output if residual is None else residual)
     return actual.float(), expected
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("kind", ["plain", "norm", "residual", "gated"])
+@pytest.mark.parametrize("kind", ["plain", "norm", "residual", "gated", "gate"])
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 17])
 def test_every_kind_of_product_is_right(num_rows: int, tile: LinearTile, kind: str) -> None:

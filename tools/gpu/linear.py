@@ -60,6 +60,19 @@ TILES = [
     LinearTile(64, 64, 4, 6),
     LinearTile(64, 128, 4, 4),
     LinearTile(128, 64, 4, 5),
+    *(
+        LinearTile(columns, inputs, warps, stages, has_weights_left=True)
+        for columns, inputs, warps, stages in (
+            (64, 128, 4, 4),
+            (64, 128, 4, 5),
+            (64, 128, 4, 6),
+            (64, 256, 4, 3),
+            (64, 64, 4, 8),
+            (128, 64, 4, 4),
+            (128, 64, 4, 6),
+            (128, 128, 8, 4),
+        )
+    ),
     LinearTile(4, 512, 4, 2, uses_tensor_cores=False),
     LinearTile(4, 1024, 4, 2, uses_tensor_cores=False),
     LinearTile(8, 512, 4, 2, uses_tensor_cores=False),
