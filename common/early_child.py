@@ -85,7 +85,7 @@ class EarlyChild:
         threading.Thread(target=self._listen, daemon=True, name="early child").start()
 
     def wait(self) -> dict[str, Any]:
-        """The owner's specification, once there is an owner. Signals interrupt this."""
+        """The owner's specification, once there is an owner. Signals interrupt this; whoever started it ends it if none comes."""
         self._is_owned.wait()
         return self._spec
 
@@ -105,7 +105,7 @@ class EarlyChild:
                 if why or not stream.readline(MAX_LINE_BYTES):
                     raise ValueError(why or "its owner gave up")
                 _append_output_to(Path(order["log_path"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever it is, nobody would end this process
             _log.error("this early child is of no use: %s", error)
             os._exit(1)
         self._spec = order["spec"]

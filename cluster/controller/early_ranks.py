@@ -37,7 +37,7 @@ class EarlyRanks:
         """
         early_folder(folder).mkdir()
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
-        if plan.tensor_parallel_size > 1:
+        if plan.tensor_parallel_size > 1 or not hasattr(os, "pidfd_open"):  # which only Linux has
             return
         spec = make_rank_spec(
             plan, group_id=EARLY_GROUP_ID, term=0, rank=0, scheduler_address="", rank_lease_s=0.0, log_level=log_level, folder=folder
