@@ -1,7 +1,7 @@
 """Workload `swap` of `quire bench engine`: what preemption costs, by swap, by recompute and as the scheduler chooses.
 
 The same requests run on a pool that is too small for them, under each policy, and on one that is not: all at once, and as few at once
-as the small pool holds, so that prompts are computed beside as many others as there. Each has an engine of its own.
+as the small pool holds half of the time, so that prompts are computed beside as many others as there. Each has an engine of its own.
 """
 
 import statistics
@@ -47,7 +47,7 @@ def measure_swap(
         logs = None if log_folder is None else log_folder / name.replace(" ", "-")
         runs[name] = measure_policy(run_plan, requests, logs=logs, start_timeout_s=start_timeout_s, repetitions=repetitions)
         settings.on_progress(_progress(name, runs[name]))
-    few = replace(large, max_sequences=max(1, round(runs["swap"]["mean_running"])))
+    few = replace(large, max_sequences=max(1, round(runs["swap"]["median_running"])))
     logs = None if log_folder is None else log_folder / FEW.replace(" ", "-")
     runs[FEW] = measure_policy(few, requests, logs=logs, start_timeout_s=start_timeout_s, repetitions=repetitions)
     settings.on_progress(_progress(FEW, runs[FEW]))
@@ -95,7 +95,7 @@ def _numbers(runs: list[RunMeter], stolen: StolenTime) -> dict[str, Any]:
         "total_s": [run.total_s for run in runs],
         "preemptions": sum(run.num_preemptions for run in runs),
         "spared_requests": len(spared),
-        "mean_running": statistics.mean(count for run in runs for _, count in run.steps if count),
+        "median_running": statistics.median(count for run in runs for _, count in run.steps if count),  # of steps
         "spared_itl_p99_ms": 1e3 * percentile(gaps_s, 99) if gaps_s else None,
         "recomputed_tokens": stolen.num_recomputed_tokens,
         "swapped_tokens": stolen.num_swapped_tokens,

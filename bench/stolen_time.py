@@ -2,7 +2,6 @@
 
 import bisect
 import statistics
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final
 
@@ -17,8 +16,9 @@ from quire.common.messages import (
     decode_session_down,
 )
 
-# How many steps that only decode a step is held against.
+# How many steps that only decode a step is held against, and by which share of its sequences they may differ.
 NUM_NEAR: Final = 8
+NEAR_SHARE: Final = 0.125
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,27 +140,37 @@ class _Reader:
 
 
 class _DecodeTimes:
-    """How long a step takes that only decodes: the median of the nearest of those with as many sequences, else with nearly as many.
+    """How long a step takes that only decodes: the median of the nearest of those with about as many sequences.
 
     The nearest, since a step takes as long as its sequences have become: preemptions come when the pool is full, and the steps
     of a whole run have shorter contexts.
     """
 
     def __init__(self, steps: list[_Step]) -> None:
-        self._numbers: dict[int, list[int]] = defaultdict(list)
-        self._times_s: dict[int, list[float]] = defaultdict(list)
-        for number, step in enumerate(steps):
-            if step.num_decoding and not (step.num_new_tokens or step.num_again_tokens or step.num_copies):
-                self._numbers[step.num_decoding].append(number)
-                self._times_s[step.num_decoding].append(step.device_s)
+        pure = [
+            (number, step)
+            for number, step in enumerate(steps)
+            if step.num_decoding and not (step.num_new_tokens or step.num_again_tokens or step.num_copies)
+        ]
+        self._numbers = [number for number, _ in pure]
+        self._steps = [step for _, step in pure]
 
     def of(self, num_decoding: int, number: int) -> float:
         """number: of the step that is held against them, in the order of steps"""
-        if not num_decoding or not self._numbers:
+        if not num_decoding or not self._steps:
             return 0.0
-        count = min(self._numbers, key=lambda count: abs(count - num_decoding))
-        numbers, times_s = self._numbers[count], self._times_s[count]
-        place = bisect.bisect_left(numbers, number)
-        near = range(max(0, place - NUM_NEAR), min(len(numbers), place + NUM_NEAR))
-        nearest = sorted(near, key=lambda index: abs(numbers[index] - number))[:NUM_NEAR]
-        return statistics.median(times_s[index] for index in nearest)
+        place = bisect.bisect_left(self._numbers, number)
+        # Outwards, by turns of whichever side is nearer.
+        before, behind = place - 1, place
+        near: list[float] = []
+        tolerance = max(1.0, NEAR_SHARE * num_decoding)
+        while len(near) < NUM_NEAR and (before >= 0 or behind < len(self._steps)):
+            is_before = behind == len(self._steps) or (before >= 0 and number - self._numbers[before] <= self._numbers[behind] - number)
+            step = self._steps[before if is_before else behind]
+            before, behind = (before - 1, behind) if is_before else (before, behind + 1)
+            if abs(step.num_decoding - num_decoding) <= tolerance:
+                near.append(step.device_s)
+        if not near:
+            least = min(abs(step.num_decoding - num_decoding) for step in self._steps)
+            near = [step.device_s for step in self._steps if abs(step.num_decoding - num_decoding) == least]
+        return statistics.median(near)

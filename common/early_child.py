@@ -80,8 +80,12 @@ class EarlyChild:
         self._spec: dict[str, Any] = {}
         self._is_owned = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.bind(str(path))
-        self._socket.listen(1)
+        unborn = path.with_suffix(".unborn")
+        self._socket.bind(str(unborn))
+        self._socket.listen()
+        unborn.rename(path)  # whoever sees it can connect
+        self._connections = [self._socket]
+        os.register_at_fork(after_in_child=self._let_go)  # of processes that compile: else nobody would see when we close
         threading.Thread(target=self._listen, daemon=True, name="early child").start()
 
     def wait(self) -> dict[str, Any]:
@@ -89,9 +93,19 @@ class EarlyChild:
         self._is_owned.wait()
         return self._spec
 
+    def _let_go(self) -> None:
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # closed before
+                os.close(connection.fileno())
+
     def _listen(self) -> None:
         connection, _ = self._socket.accept()
+        self._connections.append(connection)
         self._path.unlink(missing_ok=True)  # nobody else is to ask
+        with contextlib.suppress(BlockingIOError):  # those who have asked already go on to another
+            self._socket.setblocking(False)
+            while True:
+                self._socket.accept()[0].close()
         self._socket.close()
         try:
             with connection, connection.makefile("rwb") as stream:
@@ -123,18 +137,19 @@ def adopt_child(folder: Path, names: str, spec: Mapping[str, Any], *, log_path: 
     order = json.dumps({"owner_pid": os.getpid(), "spec": dict(spec), "log_path": str(log_path)}).encode() + b"\n"
     for path in sorted(folder.glob(f"{names}{_SUFFIX}")):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(ANSWER_TIMEOUT_S)
             try:
                 connection.connect(str(path))
             except OSError:  # it ended, or another owner was quicker, which shows here or below
                 continue
             child = AdoptedChild(_peer_pid(connection), folder)
-            connection.settimeout(ANSWER_TIMEOUT_S)
             try:
                 with connection.makefile("rwb") as stream:
                     stream.write(order)
                     stream.flush()
                     answer = stream.readline(MAX_LINE_BYTES)
                     if not answer:
+                        child.close()
                         continue
                     objection = json.loads(answer)["objection"]
                     if not objection:
@@ -142,8 +157,12 @@ def adopt_child(folder: Path, names: str, spec: Mapping[str, Any], *, log_path: 
                         stream.flush()
                         return child
             except TimeoutError:
+                if not path.exists():  # it is another's by now, or ends since we give up
+                    child.close()
+                    continue
                 objection = f"it did not answer within {ANSWER_TIMEOUT_S:g} s"
             except OSError:
+                child.close()
                 continue
         _log.warning("early child %s cannot be taken: %s", path.stem, objection)
         try:  # what it holds is needed by the one that is started instead
@@ -151,6 +170,7 @@ def adopt_child(folder: Path, names: str, spec: Mapping[str, Any], *, log_path: 
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+        child.close()
     return None
 
 
@@ -162,6 +182,12 @@ class AdoptedChild:
         self.returncode: int | None = None
         self._folder = folder
         self._pidfd = _pidfd(pid)
+
+    def close(self) -> None:
+        """Let go of it; nothing else may be asked of it then."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
 
     def poll(self) -> int | None:
         if self.returncode is None and _has_ended(self._pidfd, timeout_s=0.0):
@@ -214,9 +240,9 @@ def _append_output_to(log_path: Path) -> None:
     sys.stderr.flush()
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     with contextlib.suppress(OSError), open(f"/proc/self/fd/{sys.stderr.fileno()}", "rb") as so_far:
-        os.write(log, so_far.read())
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
+        os.dup2(log, sys.stdout.fileno())
+        os.dup2(log, sys.stderr.fileno())
+        os.write(log, so_far.read())  # last: other threads write meanwhile
     os.close(log)
 
 

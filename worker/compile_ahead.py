@@ -1,7 +1,7 @@
 """Kernels compiled by several processes while other things start: alone a rank would take half of its start for it.
 
-A process of its own (`python -m quire.worker.compile_ahead`) begins with it as soon as the settings are known; a rank that comes
-meanwhile waits for it, and one that finds nobody compiling does the same by itself.
+A rank that loads early, or a process of its own (`python -m quire.worker.compile_ahead`), begins with it as soon as the settings are
+known; a rank that comes meanwhile waits for it, and one that finds nobody compiling does the same by itself.
 """
 
 import fcntl

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from quire.common.child_process import stop_child
+from quire.common.child_process import STOP_TIMEOUT_S, stop_child
 from quire.common.config import ModelPlan
 from quire.common.early_child import early_path, start_early
 from quire.worker.rank_spec import make_rank_spec
@@ -22,9 +23,13 @@ def early_folder(folder: Path) -> Path:
     return folder / "early"
 
 
-def early_name(gpu: str | None) -> str:
-    """The pattern of the names of those that use this GPU, or none."""
-    return f"gpu-{gpu}-*" if gpu is not None else "cpu-*"
+def early_names(gpu: str | None) -> str:
+    """A pattern of the names of those that use this GPU, or none. Ray names GPUs as CUDA_VISIBLE_DEVICES does, blanks included."""
+    return f"{_kind(gpu)}-*"
+
+
+def _kind(gpu: str | None) -> str:
+    return f"gpu-{gpu.strip()}" if gpu is not None else "cpu"
 
 
 class EarlyRanks:
@@ -47,7 +52,7 @@ class EarlyRanks:
         is_cuda = plan.device == "cuda"
         for number in range(min(plan.groups, len(gpus)) if is_cuda else plan.groups):
             gpu = gpus[number] if is_cuda else None
-            path = early_path(early_folder(folder), early_name(gpu).replace("*", str(number)))
+            path = early_path(early_folder(folder), f"{_kind(gpu)}-{number}")
             self._children[path] = start_early(
                 "quire.worker.rank_process",
                 asdict(spec),
@@ -60,20 +65,28 @@ class EarlyRanks:
     def count(self) -> int:
         return len(self._children)
 
-    def wait_listening(self, timeout_s: float) -> None:
-        """Wait until each of them can be asked for, or has ended; not longer than `timeout_s`."""
+    def wait_listening(self, *, timeout_s: float, is_over: Callable[[], bool]) -> None:
+        """Wait until each of them can be asked for. Those that cannot after `timeout_s`, or when `is_over`, are ended: they would hold
+        what the ranks that are started instead need."""
         deadline_s = time.monotonic() + timeout_s
         for path, child in self._children.items():
-            while not path.exists() and child.poll() is None and time.monotonic() < deadline_s:
+            while not path.exists() and child.poll() is None and time.monotonic() < deadline_s and not is_over():
                 time.sleep(POLL_S)
+        _end([child for path, child in self._children.items() if not path.exists()])
 
     def end_unused(self) -> None:
         """End those that nobody took."""
-        for path, child in self._children.items():
-            if path.exists():
-                stop_child(child)
+        _end([child for path, child in self._children.items() if path.exists()])
 
     def end(self) -> None:
         """End all of them, whosever they are."""
-        for child in self._children.values():
-            stop_child(child)
+        _end(list(self._children.values()))
+
+
+def _end(children: list["subprocess.Popen[bytes]"]) -> None:
+    """End all of them at once."""
+    for child in children:
+        child.terminate()
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    for child in children:
+        stop_child(child, timeout_s=max(0.0, deadline_s - time.monotonic()))

@@ -108,7 +108,7 @@ class LocalCluster:
         self._stop.install()
         if self._stop.is_set():
             return ""
-        self._early.wait_listening(EARLY_TIMEOUT_S)
+        self._early.wait_listening(timeout_s=EARLY_TIMEOUT_S, is_over=self._stop.is_set)
         rank_resource = "GPU" if self._plan.device == "cuda" else CPU_RANK_RESOURCE
         options = Controller.options(name=CONTROLLER_NAME, lifetime="detached")
         self._controller = options.remote(self._config, self._plan, str(self.folder), rank_resource, discovery_address(self.folder))

@@ -30,15 +30,24 @@ class _ProcessActor:
     def __init__(self) -> None:
         self._child: Child | None = None
         self._report_path: str | None = None
+        self._starting = asyncio.Lock()  # whoever asks for the child waits until it is known which one it is
+        self._is_ended = False
 
     async def start(
         self, module: str, spec: dict[str, Any], log_path: str, environ: dict[str, str] | None = None, early: tuple[str, str] | None = None
     ) -> int:
-        """Start `python -m module`; its process id. Its output is appended to `log_path` on its own host.
+        """Start `python -m module`; its process id, 0 if it was ended before it began. Its output is appended to `log_path`, on its own
+        host.
 
         environ: variables that it has beside those of the actor, or instead of them
         early: folder and names of children that may be there already, of which one is taken instead
         """
+        async with self._starting:
+            return await self._start(module, spec, log_path, environ, early)
+
+    async def _start(
+        self, module: str, spec: dict[str, Any], log_path: str, environ: dict[str, str] | None, early: tuple[str, str] | None
+    ) -> int:
         assert self._child is None, "one actor holds one child"
         self._report_path = spec.get("report_path") or None
         logs = Path(log_path).parent
@@ -47,6 +56,8 @@ class _ProcessActor:
         if early is not None:
             self._child = await asyncio.to_thread(adopt_child, Path(early[0]), early[1], spec, log_path=Path(log_path))
         if self._child is None:
+            if self._is_ended:
+                return 0
             self._child = start_child(module, spec, log_path=Path(log_path), environ=environ)
         return self._child.pid
 
@@ -61,12 +72,15 @@ class _ProcessActor:
 
     async def pid(self) -> int | None:
         """The process id of the child, dead or alive; None if none was started."""
-        return None if self._child is None else self._child.pid
+        async with self._starting:
+            return None if self._child is None else self._child.pid
 
     async def wait(self) -> int:
         """Wait for the child's end; its exit code, negative for a signal. STOPPED when it has been stopped for a while: it lives, but
         only whoever stopped it knows for how long."""
-        assert self._child is not None, "start comes before wait"
+        if self._child is None:
+            assert self._is_ended, "start comes before wait"
+            return 0
         end = asyncio.get_running_loop().run_in_executor(None, self._child.wait)
         num_looks = 0
         while num_looks < MAX_STOPPED_LOOKS:
@@ -87,14 +101,18 @@ class _ProcessActor:
 
     async def stop(self) -> int | None:
         """End the child in order; its exit code, None if none was started."""
-        if self._child is None:
-            return None
+        self._is_ended = True
+        async with self._starting:
+            if self._child is None:
+                return None
         return await asyncio.get_running_loop().run_in_executor(None, stop_child, self._child)
 
     async def kill(self) -> int | None:
         """End the child at once, whatever it does, stopped ones included; its exit code, None if none was started."""
-        if self._child is None:
-            return None
+        self._is_ended = True
+        async with self._starting:
+            if self._child is None:
+                return None
         self._child.kill()
         return await asyncio.get_running_loop().run_in_executor(None, self._child.wait)
 

@@ -15,7 +15,7 @@ from ray._private.state import available_resources_per_node  # Ray tells it per 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from quire.cluster.controller.early_ranks import early_name
+from quire.cluster.controller.early_ranks import early_names
 from quire.cluster.controller.groups import Group
 from quire.cluster.controller.process_actor import ProcessActor
 from quire.common.errors import Unavailable
@@ -143,7 +143,7 @@ class RankActors:
         """Where early ranks may be, and the names of those that can be this group's: with a GPU, those that have that one."""
         if self._early_folder is None or len(actors) > 1:
             return None
-        return self._early_folder, early_name((await actors[0].gpus.remote())[0] if self._rank_resource == "GPU" else None)
+        return self._early_folder, early_names((await actors[0].gpus.remote())[0] if self._rank_resource == "GPU" else None)
 
     async def adopt(self, group: Group) -> bool:
         """Take the ranks that a controller before this one started under the group's ranks_term; whether all are there, each with a

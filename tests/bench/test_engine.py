@@ -110,8 +110,7 @@ def test_swap_is_held_against_recompute_and_a_large_pool(tiny_config: Path, caps
     assert swap["auto_by_better"] > 0
     few = runs["large pool, as few at once"]
     assert few["preemptions"] == 0
-    assert few["mean_running"] < runs["large pool"]["mean_running"]
-    assert abs(few["mean_running"] - runs["swap"]["mean_running"]) < 1
+    assert few["median_running"] <= max(1, round(runs["swap"]["median_running"])) < runs["large pool"]["median_running"]
     assert swap["spared_itl_p99_by_as_few"]["swap"] > 0
 
 

@@ -52,10 +52,10 @@ def test_a_rank_traces_so_many_steps_whenever_it_is_asked_and_goes_on(tmp_path: 
 
     with Engine(plan, log_folder=tmp_path) as engine:
         for _ in range(2):
-            meter = engine.begin(fixed((3, 20), num_tokens=150, vocab_size=plan.folder.vocab_size))
+            meter = engine.begin(fixed((3, 20), num_tokens=450, vocab_size=plan.folder.vocab_size))
             engine.read_until(lambda meter=meter: have_begun(meter))  # type: ignore[misc]
             path = engine.trace()
             engine.read_until(lambda meter=meter: not meter.num_unfinished)  # type: ignore[misc]
-            assert [len(request.token_times_s) for request in meter.requests] == [150] * 3
+            assert [len(request.token_times_s) for request in meter.requests] == [450] * 3
             named = [event for event in read_trace(path)["traceEvents"] if event["name"] == TRACED_STEP]
             assert sum(event["cat"] == "user_annotation" for event in named) == 24

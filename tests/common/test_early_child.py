@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from quire.common.early_child import AdoptedChild, adopt_child, early_path, star
 
 SUPPORT = str(Path(__file__).resolve().parents[1] / "support")
 TIMEOUT_S = 20.0
-SPEC = {"name": "early", "kind": "sleeper", "seconds": 60, "code": 0}
+SPEC = {"name": "early", "kind": "sleeper", "until": "/nowhere", "code": 0}
 
 # An owner of its own: adopts what waits in a folder, writes the child's pid, and sleeps.
 OWNER = """
@@ -64,13 +63,14 @@ def adopt(folder: Path, names: str = "a-*", **changes: Any) -> AdoptedChild | No
 def test_an_owner_gets_it_with_all_that_it_wrote_and_its_exit_code(early: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
     assert adopt(tmp_path, "b-*") is None
     wait_for(lambda: "began" in (tmp_path / "early.log").read_text(), timeout_s=TIMEOUT_S)
-    child = adopt(tmp_path, seconds=0.3, code=7)
+    child = adopt(tmp_path, until=str(tmp_path / "end"), code=7)
     assert child is not None
     assert child.pid == early.pid
     assert child.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.01)
     assert adopt(tmp_path) is None, "it has an owner"
+    (tmp_path / "end").touch()
     assert child.wait(TIMEOUT_S) == 7 == child.poll()
     assert (tmp_path / "owned.log").read_text() == "began as early\nis owned\n"
     child.kill()  # too late, and no other process's end
@@ -114,7 +114,6 @@ def test_owners_that_ask_at_once_get_one_each(early: "subprocess.Popen[bytes]", 
     early.send_signal(signal.SIGSTOP)
     with ThreadPoolExecutor(3) as owners:
         asked = [owners.submit(adopt, tmp_path) for _ in range(3)]
-        time.sleep(0.3)
         early.send_signal(signal.SIGCONT)
         children = [future.result() for future in asked]
     assert sorted(child.pid for child in children if child is not None) == sorted([early.pid, other.pid])

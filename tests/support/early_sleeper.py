@@ -1,4 +1,4 @@
-"""An early child that waits for an owner and then sleeps, or ends with a code; started by the tests of common/early_child.py."""
+"""An early child that waits for an owner and then for a file, and ends with a code; started by the tests of common/early_child.py."""
 
 import sys
 import time
@@ -13,5 +13,6 @@ if __name__ == "__main__":
     print("began as", spec["name"], flush=True)
     order = early.wait()
     print("is", order["name"], flush=True)
-    time.sleep(order["seconds"])
+    while not Path(order["until"]).exists():
+        time.sleep(0.02)
     sys.exit(order["code"])

@@ -49,8 +49,9 @@ class Rank:
 
     def receive(self) -> Any:
         """What it answers; hellos again, which come until it has a plan, are left out."""
+        deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
         while isinstance(message := self._receive(ANSWER_TIMEOUT_S), RankHello):
-            pass
+            assert time.monotonic() < deadline_s, "the rank says nothing but hello"
         return message
 
     def hello(self) -> Any:

@@ -3,7 +3,7 @@
 #
 #   PYTHONPATH=src:tests/support:SITE bash tools/gpu/everything.sh OUT PART...
 #
-# Parts, in this order on a fresh machine (minutes on two H200 and 32 cores): start (1.5), load (4.5), rows2 (4), tests2 (4), rows1 (5), rest (6).
+# Parts, in this order on a fresh machine (minutes on two H200 and 32 cores): start (1.5), load (5), rows2 (4), tests2 (6), rows1 (5), rest (6).
 # rows1 and rest use each GPU for work of its own. SITE holds what such a machine lacks: Ray, pyzmq, msgspec, gRPC's add-ons.
 set -u
 
@@ -27,7 +27,7 @@ start() {
 }
 
 load() {
-    timeout 290 python3 -P tools/gpu/two_gpus.py --out "$OUT/load.json" --parts load \
+    timeout 360 python3 -P tools/gpu/two_gpus.py --out "$OUT/load.json" --parts load \
         --load-cases 64x128x256,256x128x256,256x128x256,256x128x256 >"$OUT/load.txt" 2>&1 || tail -c 2000 "$OUT/load.txt"
 }
 
@@ -40,7 +40,7 @@ rows2() {
 
 tests2() {
     timeout 250 $PYTEST tests/worker/test_tensor_parallel_cuda.py -m gpu 2>&1 | tail -30
-    timeout 120 python3 -P tools/gpu/two_gpus.py --out "$OUT/split.json" --parts split 2>&1 | tail -c 900
+    timeout 200 python3 -P tools/gpu/two_gpus.py --out "$OUT/split.json" --parts groups,split 2>&1 | tail -c 900
     timeout 60 python3 -P tools/gpu/all_reduce.py --out "$OUT/all_reduce.json" >"$OUT/all_reduce.txt" 2>&1
     head -10 "$OUT/all_reduce.txt"
 }

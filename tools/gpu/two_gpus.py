@@ -112,6 +112,8 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
         environ = {"QUIRE_CHECKS_RANKS": "false"}
         with ServeProcess(Path(folder), str(model), *shape, "--gateways", str(NUM_GATEWAYS), environ=environ) as serve:
             result = {"engine_startup_s": engine["startup_s"], **through_the_edge(serve, rows)}
+        print("load", json.dumps({**result, "rows": [{**row, "arrivals": None} for row in result["rows"]]}), flush=True)
+        arguments.out.write_text(json.dumps({"load": result}, indent=1))
         arrivals = Path(folder) / "arrivals.json"
         arrivals.write_text(json.dumps([row.pop("arrivals") for row in result["rows"]]))
         how = ["--model-config", arguments.model_config, *shape, "--workload", "load", "--arrivals", str(arrivals), "--json"]

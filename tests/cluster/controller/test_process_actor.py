@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import wait_for
 
 from quire.cluster.controller import process_actor
 from quire.cluster.controller.process_actor import STOPPED, _ProcessActor, is_stopped
+from quire.common.early_child import early_path, start_early
 
 
 @pytest.fixture
@@ -43,6 +45,25 @@ async def test_a_child_that_ends_is_told_of_by_its_code(actor: _ProcessActor) ->
     os.kill(pid, signal.SIGKILL)
     assert await asyncio.wait_for(actor.wait(), 10) == -signal.SIGKILL
     assert not is_stopped(pid)
+
+
+async def test_one_that_is_ended_before_its_child_is_known_starts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An early child that does not answer keeps it waiting."""
+    monkeypatch.setattr("quire.common.early_child.ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("quire.common.early_child.END_TIMEOUT_S", 0.1)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    path = early_path(tmp_path, "cpu-0")
+    spec = {"name": "early", "kind": "sleeper", "until": "/nowhere", "code": 0}
+    early = start_early("early_sleeper", spec, path=path, log_path=tmp_path / "early.log", environ={})
+    await asyncio.to_thread(wait_for, path.exists, timeout_s=20)
+    os.kill(early.pid, signal.SIGSTOP)
+    actor = _ProcessActor()
+    starting = asyncio.ensure_future(actor.start("early_sleeper", spec, str(tmp_path / "logs" / "log"), None, (str(tmp_path), "cpu-*")))
+    await asyncio.sleep(0)
+    assert await actor.kill() is None
+    assert await starting == 0
+    assert (await actor.pid(), await actor.wait()) == (None, 0)
+    assert early.wait(20) == -signal.SIGKILL
 
 
 async def test_the_report_of_a_child_is_read_on_its_host_and_its_folder_is_removed_there(actor: _ProcessActor, tmp_path: Path) -> None:
