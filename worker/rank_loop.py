@@ -30,6 +30,8 @@ MAX_STEPS_LAUNCHED: Final = 2
 # A rank says hello this often until a scheduler has a plan for it: at its start, when the scheduler may not know its group yet,
 # and when the scheduler is gone.
 HELLO_AGAIN_S: Final = 0.5
+# At its start sooner, each time twice as late: a scheduler that starts beside it knows the group in a moment.
+FIRST_HELLO_AGAIN_S: Final = 0.02
 # How long an exiting rank waits for its last messages to leave.
 LINGER_S: Final = 1.0
 # Bytes that signals left on the pair that wakes the loop, taken at a time.
@@ -51,6 +53,7 @@ class RankLoop:
         self._next_step_id = 0
         self._is_stopping = False
         self._hello_again_s: float | None = None  # when to say hello again; None while the scheduler knows us
+        self._hello_pause_s = HELLO_AGAIN_S  # from that one to the next
         self._link_broke_s = 0.0
 
     def run(self, hello: RankHello) -> int:
@@ -79,7 +82,8 @@ class RankLoop:
         link.connect(self._spec.scheduler_address)
         try:
             link.send(encode(hello))
-            self._hello_again_s = time.monotonic() + HELLO_AGAIN_S
+            self._hello_again_s = time.monotonic() + FIRST_HELLO_AGAIN_S
+            self._hello_pause_s = 2 * FIRST_HELLO_AGAIN_S
             return self._obey(link, monitor, wake, hello)
         except zmq.Again:
             _log.error("the scheduler took no message for %g s; exiting", SEND_TIMEOUT_S)
@@ -156,7 +160,8 @@ class RankLoop:
         now_s = time.monotonic()
         if now_s >= self._hello_again_s:
             link.send(encode(msgspec.structs.replace(hello, term=self._term)))
-            self._hello_again_s = now_s + HELLO_AGAIN_S
+            self._hello_again_s = now_s + self._hello_pause_s
+            self._hello_pause_s = min(2 * self._hello_pause_s, HELLO_AGAIN_S)
         return max(0.0, self._hello_again_s - now_s)
 
     def _answer(self, link: "zmq.Socket[bytes]", step: LaunchedStep) -> None:

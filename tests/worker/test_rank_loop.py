@@ -32,8 +32,12 @@ def run(make_runner: MakeRunner) -> Iterator[RunRank]:
         answers: list[Any] = []
 
         def receive() -> None:
-            assert router.poll(TIMEOUT_S * 1000)
-            answers.append(decode_rank_up(router.recv_multipart()[1]))
+            while True:
+                assert router.poll(TIMEOUT_S * 1000)
+                answer = decode_rank_up(router.recv_multipart()[1])
+                if not answers or not isinstance(answer, RankHello):  # until it has a plan, it says hello again
+                    break
+            answers.append(answer)
 
         def plan() -> None:
             receive()
