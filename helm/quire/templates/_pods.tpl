@@ -53,6 +53,9 @@ capabilities:
 # Ray ends actors when memory runs full; a rank that dies so would take its whole group along.
 - name: RAY_memory_monitor_refresh_ms
   value: "0"
+# Ray would give scheduler and ranks a niceness of 15.
+- name: RAY_worker_niceness
+  value: "0"
 {{- with .Values.ray.healthCheck }}
 - name: RAY_health_check_initial_delay_ms
   value: {{ int64 .initialDelayMs | quote }}
