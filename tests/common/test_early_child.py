@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from serving import wait_for
 
+from quire.cluster.controller.process_actor import is_stopped
 from quire.common.child_process import stop_child
 from quire.common.early_child import AdoptedChild, adopt_child, early_path, start_early
 
@@ -58,6 +59,12 @@ def early(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 def adopt(folder: Path, names: str = "a-*", **changes: Any) -> AdoptedChild | None:
     return adopt_child(folder, names, {**SPEC, "name": "owned", **changes}, log_path=folder / "owned.log")
+
+
+def stop(child: "subprocess.Popen[bytes]") -> None:
+    """Hold it, and wait until it stands still."""
+    child.send_signal(signal.SIGSTOP)
+    wait_for(lambda: is_stopped(child.pid), timeout_s=TIMEOUT_S)
 
 
 def test_an_owner_gets_it_with_all_that_it_wrote_and_its_exit_code(early: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
@@ -111,7 +118,7 @@ def test_owners_that_ask_at_once_get_one_each(early: "subprocess.Popen[bytes]", 
     path = early_path(tmp_path, "a-1")
     other = start_early("early_sleeper", SPEC, path=path, log_path=tmp_path / "early-1.log", environ={})
     wait_for(path.exists, timeout_s=TIMEOUT_S)
-    early.send_signal(signal.SIGSTOP)
+    stop(early)
     with ThreadPoolExecutor(3) as owners:
         asked = [owners.submit(adopt, tmp_path) for _ in range(3)]
         early.send_signal(signal.SIGCONT)
@@ -125,7 +132,7 @@ def test_owners_that_ask_at_once_get_one_each(early: "subprocess.Popen[bytes]", 
 def test_one_that_does_not_answer_is_ended(early: "subprocess.Popen[bytes]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quire.common.early_child.ANSWER_TIMEOUT_S", 0.2)
     monkeypatch.setattr("quire.common.early_child.END_TIMEOUT_S", 0.2)
-    early.send_signal(signal.SIGSTOP)
+    stop(early)
     assert adopt(tmp_path) is None
     assert early.wait(TIMEOUT_S) == -signal.SIGKILL
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from serving import wait_for
 
 from quire.cluster.controller.early_ranks import EarlyRanks, early_folder, early_names
+from quire.cluster.controller.process_actor import is_stopped
 from quire.common.config import plan_model, resolve_config
 from quire.common.early_child import adopt_child
 
@@ -26,6 +28,13 @@ def num_alive(ranks: EarlyRanks) -> int:
     return sum(child.poll() is None for child in ranks._children.values())
 
 
+def hold(path: Path, pid: int) -> None:
+    """Stop one before it listens, or as if it had been before."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: is_stopped(pid), timeout_s=20)
+    path.unlink(missing_ok=True)
+
+
 def test_those_that_nobody_takes_are_ended(ranks: EarlyRanks, tmp_path: Path) -> None:
     assert ranks.count == 2
     ranks.wait_listening(timeout_s=60, is_over=lambda: False)
@@ -37,15 +46,15 @@ def test_those_that_nobody_takes_are_ended(ranks: EarlyRanks, tmp_path: Path) ->
 
 
 def test_one_that_does_not_listen_in_time_is_ended(ranks: EarlyRanks) -> None:
-    late, *_ = ranks._children.values()
-    os.kill(late.pid, signal.SIGSTOP)
+    path, late = next(iter(ranks._children.items()))
+    hold(path, late.pid)
     ranks.wait_listening(timeout_s=0.5, is_over=lambda: False)
     assert late.poll() is not None
 
 
 def test_when_it_is_over_nothing_is_waited_for(ranks: EarlyRanks) -> None:
-    for child in ranks._children.values():
-        os.kill(child.pid, signal.SIGSTOP)
+    for path, child in ranks._children.items():
+        hold(path, child.pid)
     ranks.wait_listening(timeout_s=600, is_over=lambda: True)
     assert num_alive(ranks) == 0
 

@@ -57,6 +57,7 @@ async def test_one_that_is_ended_before_its_child_is_known_starts_none(tmp_path:
     early = start_early("early_sleeper", spec, path=path, log_path=tmp_path / "early.log", environ={})
     await asyncio.to_thread(wait_for, path.exists, timeout_s=20)
     os.kill(early.pid, signal.SIGSTOP)
+    await asyncio.to_thread(wait_for, lambda: is_stopped(early.pid), timeout_s=20)
     actor = _ProcessActor()
     starting = asyncio.ensure_future(actor.start("early_sleeper", spec, str(tmp_path / "logs" / "log"), None, (str(tmp_path), "cpu-*")))
     await asyncio.sleep(0)
