@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while loading, there is nothing to finish
     early = None
     if spec.early_path:
-        early = EarlyChild(Path(spec.early_path), objection=lambda late, early=spec: objection(early, RankSpec(**late)))  # type: ignore[misc]
+        early = EarlyChild(Path(spec.early_path), objection=partial(objection, spec))
     with ExitStack() as at_end:
         failure = ""
         try:

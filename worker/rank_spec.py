@@ -1,8 +1,9 @@
 """What a rank is told when it starts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from quire.common.config import ModelPlan
 
@@ -51,8 +52,9 @@ class RankSpec:
 _LATE: Final = ("group_id", "term", "scheduler_address", "rank_lease_s", "log_level", "report_path", "curve", "early_path", "trace_path")
 
 
-def objection(early: RankSpec, spec: RankSpec) -> str:
-    """Why a rank that has begun to load by `early` cannot go on by `spec`; "" if it can."""
+def objection(early: RankSpec, late: Mapping[str, Any]) -> str:
+    """Why a rank that has begun to load by `early` cannot go on by `late`, the fields of another; "" if it can."""
+    spec = RankSpec(**late)
     different = [
         f"{field.name} is {getattr(early, field.name)!r} instead of {getattr(spec, field.name)!r}"
         for field in fields(RankSpec)

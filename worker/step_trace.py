@@ -51,7 +51,7 @@ class StepTrace:
         try:
             self._profile = profile(activities=self._activities, schedule=steps, on_trace_ready=self._write)
             self._profile.start()
-        except Exception:
+        except Exception:  # whatever the profiler lacks here, a trace is not worth a rank
             _log.exception("the steps cannot be traced")
             self._profile = None
         self._num_left = NUM_SKIPPED_STEPS + NUM_TRACED_STEPS
@@ -63,7 +63,7 @@ class StepTrace:
             self._profile.step()  # the last one writes
             if self._num_left == 0:
                 self._profile.stop()
-        except Exception:
+        except Exception:  # as above; a disk may be full
             _log.exception("the trace of the steps is lost")
             self._num_left = 0
         if self._num_left == 0:

@@ -15,6 +15,7 @@ from quire.worker.rank_spec import make_rank_spec
 
 # Whose they are until a group takes them.
 EARLY_GROUP_ID: Final = "early"
+# How often is looked whether they listen.
 POLL_S: Final = 0.02
 
 

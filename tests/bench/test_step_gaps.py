@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,15 @@ def test_a_rank_traces_so_many_steps_whenever_it_is_asked_and_goes_on(tmp_path: 
     def have_begun(meter: RunMeter) -> bool:
         return all(len(request.token_times_s) >= 4 for request in meter.requests)
 
+    def have_ended(meter: RunMeter) -> bool:
+        return not meter.num_unfinished
+
     with Engine(plan, log_folder=tmp_path) as engine:
         for _ in range(2):
             meter = engine.begin(fixed((3, 20), num_tokens=450, vocab_size=plan.folder.vocab_size))
-            engine.read_until(lambda meter=meter: have_begun(meter))  # type: ignore[misc]
+            engine.read_until(partial(have_begun, meter))
             path = engine.trace()
-            engine.read_until(lambda meter=meter: not meter.num_unfinished)  # type: ignore[misc]
+            engine.read_until(partial(have_ended, meter))
             assert [len(request.token_times_s) for request in meter.requests] == [450] * 3
             named = [event for event in read_trace(path)["traceEvents"] if event["name"] == TRACED_STEP]
             assert sum(event["cat"] == "user_annotation" for event in named) == 24
