@@ -114,7 +114,7 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
     from quire.worker.models.llama import LlamaModel
     from quire.worker.models.load_model import DTYPES, load_model
     from quire.worker.runner import Runner
-    from quire.worker.warm_up import measure_prefill, touch_decodes
+    from quire.worker.warm_up import measure_prefill, touch_decodes, touch_libraries
 
     end_phase("imports")
     compiling = _compile_ahead(spec, folder)
@@ -180,6 +180,9 @@ def _load(spec: RankSpec, at_end: ExitStack) -> "tuple[Runner, RankHello, dict[s
         check_model(model, dtype=spec.dtype, device=spec.device, max_model_len=spec.max_model_len)
         end_phase("self-check")
     if compiling is not None:
+        if not compiling.is_done and isinstance(model, LlamaModel):
+            touch_libraries(model, max_tokens=spec.max_batched_tokens)
+            end_phase("libraries")
         compiling.wait()
         end_phase("kernels")
     _check_host_memory(spec, block_bytes)  # once more: the weights are in memory now

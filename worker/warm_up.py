@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from quire.common.messages import Chunk, RowAdd, SamplingState, StepPlan
+from quire.kernels import dense_attention
 from quire.worker.collectives import Collective, all_agree
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.llama import LlamaModel
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 # Prompt lengths that are timed, and after how many seconds no further one is begun.
 _LENGTHS: Final = {"cpu": (16, 64, 256), "cuda": (64, 256, 1024, 4096)}
 _BUDGET_S: Final = {"cpu": 0.1, "cuda": 0.5}
+
+# Numbers of rows for which libraries choose kernels of different kinds.
+_TOUCHED_ROWS: Final = (1, 16, 128, 1024)
 
 _SAMPLING: Final = SamplingState(temperature=1.0, top_p=0.9)
 # What a native model draws without its graphs.
@@ -56,6 +60,22 @@ def touch_decodes(runner: Runner, *, max_rows: int) -> None:
     for count in (*counts, max_rows):
         for sampling in (_SAMPLING, _SPECIAL_SAMPLING):
             _step(runner, num_prompts=count, length=1, num_tokens=count, sampling=sampling)
+
+
+def touch_libraries(model: LlamaModel, *, max_tokens: int) -> None:
+    """A layer's products and attention by torch, whose libraries take seconds to load when they are not in the page cache.
+
+    For the time in which other processes compile the kernels, without which no step can run. max_tokens: of the largest step
+    """
+    device, dtype = model.weights.embedding.device, model.weights.embedding.dtype
+    layer, longest = model.weights.layers[0], dense_attention.padded_size(dense_attention.MIN_TOKENS)
+    for num_rows in _TOUCHED_ROWS:
+        for weight in (layer.qkv, layer.output, layer.gate_up, layer.down, model.weights.head):
+            model.weights.product(torch.zeros((num_rows, weight.shape[1]), dtype=dtype, device=device), weight)
+    if longest <= max_tokens and dense_attention.is_supported(head_dim=model.config.head_dim, dtype=dtype, device=device):
+        heads = [(longest, count, model.config.head_dim) for count in (model.num_heads, model.num_kv_heads, model.num_kv_heads)]
+        query, key, value = (torch.zeros(shape, dtype=dtype, device=device) for shape in heads)
+        dense_attention.dense_attention(query, key, value, scale=model.scale)
 
 
 def measure_step_bytes(

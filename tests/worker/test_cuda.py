@@ -284,6 +284,7 @@ def test_swapped_blocks_come_back_byte_for_byte(monkeypatch: pytest.MonkeyPatch,
     moves = [(0, 3), (1, 4), (2, 5), (3, 6), (9, 0), (7, 15), (6, 14), (20, 1), (21, 2)]
     pool.start_out([(index, *move) for index, move in enumerate(moves)])
     pool.wait(range(len(moves)))
+    torch.cuda.current_stream().synchronize()  # it is this stream that waited
     assert pool.take_ended() == (tuple(range(len(moves))), ())
     kv_cache.blocks.view(torch.uint8).fill_(0)
     targets = random.Random(0).sample(range(24), len(moves))

@@ -14,7 +14,7 @@ from quire.worker.collectives import Collective, least
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.load_model import load_llama_model
 from quire.worker.runner import Runner
-from quire.worker.warm_up import measure_prefill
+from quire.worker.warm_up import measure_prefill, touch_libraries
 
 
 @pytest.mark.parametrize(("num_blocks", "lengths"), [((16, 15), [16, 64]), ((15, 16), [16, 64]), ((16, 16), [16, 64, 256]), ((4, 0), [])])
@@ -40,3 +40,17 @@ def test_ranks_with_other_pools_time_the_same_prompts(
 def test_ranks_take_the_smallest_number_of_any() -> None:
     assert ThreadRanks(3).run(lambda collective: least(collective, 100_000_000_001 - collective.rank)) == [99_999_999_999] * 3
     assert least(None, 7) == 7
+
+
+@pytest.mark.parametrize("name", NATIVE_MODELS)
+def test_touching_libraries_goes_through_every_product_and_changes_nothing(tmp_path: Path, name: str) -> None:
+    family, config = NATIVE_MODELS[name]
+    model = load_llama_model(read_model_folder(save_tiny_model(tmp_path, family, **config)), dtype="float32", device="cpu")
+    product, weights = model.weights.product, []
+    before = [layer.down.clone() for layer in model.weights.layers]
+    model.weights.product = lambda rows, weight: (weights.append(weight.data_ptr()), product(rows, weight))[1]
+    touch_libraries(model, max_tokens=8192)
+    layer = model.weights.layers[0]
+    used = (layer.qkv, layer.output, layer.gate_up, layer.down, model.weights.head)
+    assert set(weights) == {weight.data_ptr() for weight in used}
+    assert all(torch.equal(layer.down, old) for layer, old in zip(model.weights.layers, before, strict=True))

@@ -46,12 +46,7 @@ tests2() {
 }
 
 rows1() {
-    (
-        other 300 python3 -P tools/gpu/correctness.py --out "$OUT/correctness.json" >"$OUT/correctness.txt" 2>&1
-        mark "correctness $?"
-        tail -c 1500 "$OUT/correctness.txt"
-        other 100 python3 -P tools/gpu/load.py --out "$OUT/weights.json" 2>&1 | tail -4
-    ) &
+    other 100 python3 -P tools/gpu/load.py --out "$OUT/weights.json" 2>&1 | tail -4 &
     one 330 python3 -P tools/gpu/table.py --out "$OUT/table.json" 2>&1 | tail -40
     wait
 }
@@ -59,14 +54,17 @@ rows1() {
 rest() {
     (
         other 60 $(engine --model-config llama-8b --workload gaps --log-folder "$OUT/gaps") 2>&1 | tail -4
-        other 150 compute-sanitizer --tool memcheck --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            $PYTEST tests/kernels -m kernel >"$OUT/memcheck.txt" 2>&1
-        tail -2 "$OUT/memcheck.txt"
+        other 300 python3 -P tools/gpu/correctness.py --out "$OUT/correctness.json" >"$OUT/correctness.txt" 2>&1
+        mark "correctness $?"
+        tail -c 1500 "$OUT/correctness.txt"
         other 120 $QUIRE bench kernels >"$OUT/kernels.txt" 2>&1
         grep paged "$OUT/kernels.txt"
         other 200 python3 -P tools/gpu/swap.py --out "$OUT/swap_small.json" --models qwen3-0.6b --logs "$OUT/logs" 2>&1 | tail -5
     ) &
     one 400 python3 -P tools/gpu/swap.py --out "$OUT/swap.json" --models llama-13b --logs "$OUT/logs" 2>&1 | tail -5
+    one 150 compute-sanitizer --tool memcheck --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        $PYTEST tests/kernels -m kernel >"$OUT/memcheck.txt" 2>&1
+    tail -2 "$OUT/memcheck.txt"
     wait
     tar -C "$OUT" -czf "$OUT/logs.tar.gz" logs gaps && rm -r "${OUT:?}/logs" "${OUT:?}/gaps"
 }

@@ -19,6 +19,7 @@ from serving import ServeProcess
 from quire.bench.engine import model_config_folder
 
 MAX_MODEL_LEN = "8192"
+_SAID = ("ready in", "began to load", "compiled")  # what is kept of a rank's log
 
 
 def main() -> None:
@@ -49,7 +50,9 @@ def turn(name: str, device: str) -> dict[str, Any]:
             serve.wait_ready()
             ready_s = time.monotonic() - started_s
             (log,) = serve.temporary.glob("quire-*/logs/model-0-0.log")
-            said = [line for line in log.read_text().splitlines() if "ready in" in line or "began to load" in line]
+            said = [
+                line for line in log.read_text().splitlines() if any(part in line for part in ("ready in", "began to load", "compiled"))
+            ]
         return {"ready_s": round(ready_s, 2), "rank": said}
 
 
