@@ -127,6 +127,20 @@ class Batch:
         needy += [sequence for sequence in self.stepping if sequence.num_planned >= sequence.write_limit]
         return needy
 
+    def growth(self, num_steps: int, *, num_steps_to_free: int) -> int:
+        """Blocks that decoding sequences will need for so many steps, less those that the ends of some of them leave meanwhile.
+
+        num_steps: at most a block's tokens, so that each needs one at most
+        num_steps_to_free: from the step that samples a sequence's last token to the one that can have its blocks
+        """
+        size, num_blocks = self._ledger.block_size, 0
+        for sequence in self.decoding.values():
+            num_left = sequence.max_total - 1 - sequence.num_planned  # steps
+            if num_left + num_steps_to_free <= num_steps:
+                num_blocks -= len(sequence.block_table)
+            num_blocks += sequence.num_planned + min(num_steps, num_left) > len(sequence.block_table) * size
+        return num_blocks
+
     def plan(self, draft: StepDraft) -> None:
         """Fill in what the step computes: the decoding rows, the beams, and chunks of prompts with what is left."""
         decoded = self.decoders()

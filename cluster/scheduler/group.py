@@ -43,6 +43,9 @@ from quire.common.messages import (
 MAX_PLANS_OUTSTANDING: Final = 2
 # Share of the pool that admission leaves free, so that those who run can grow before anybody must be preempted.
 WATERMARK_SHARE: Final = 0.01
+# From the plan that starts a swap-out to the first that can give its blocks away, if the copies take less than a step: they run beside
+# the next step, whose acknowledgement names them, and by then one more plan is at the ranks.
+SWAP_OUT_STEPS: Final = 3
 # Prompt tokens waiting to be computed, in steps' worth, from which on a group is overloaded: a cached prefix draws no more there.
 OVERLOADED_STEPS: Final = 4
 
@@ -258,6 +261,7 @@ class Group:
         self._num_promised = 0
         self.batch.retire()
         self.batch.keep_prefill_share(self._next_step_id, self._draft)
+        self._swap_out_ahead(now_s)
         needy = self.batch.needy(self._draft)
         return self._give_blocks(needy, now_s) if needy else []
 
@@ -619,18 +623,41 @@ class Group:
                 self._draft.held.update(sequence.row for sequence in sequences)
         return requeued
 
+    def _swap_out_ahead(self, now_s: float) -> None:
+        """Swap victims out before anybody would have to wait for their blocks, which come free only when they have been copied.
+
+        A victim that would be recomputed leaves its blocks at once, and so stays for as long as nobody needs them.
+        """
+        # Within a block's tokens nobody needs more than one.
+        while self.config.preemption != "recompute" and self.pool.num_available < len(self.batch.decoding):
+            victim = self._victim()
+            if victim is None or len(self._victims()) < 2:
+                return
+            holders = Counter(block_id for sequence in victim.sequences for block_id in self.ledger.computed_blocks(sequence))
+            num_steps = min(1 + SWAP_OUT_STEPS + self.meter.copy_steps(len(holders)), self.config.block_size)
+            num_wanted = self.batch.growth(num_steps, num_steps_to_free=MAX_PLANS_OUTSTANDING)
+            if num_wanted <= self.pool.num_available + self.copies.num_leaving() or not self._prefers_swap(victim, holders)[0]:
+                return
+            self._preempt(victim, None, now_s)
+
     def _give(self, request: Request, sequences: list[Sequence]) -> None:
         num_blocks = self.ledger.give(sequences, self._draft)
         if self.charge and num_blocks:
             self.charge(request, num_blocks * self.config.block_size)
 
     def _victim(self) -> Request | None:
-        """Who is preempted next: the latest arrival of the lowest class, of those that still need steps."""
-        candidates = (r for r in self.running.values() if r.state is RequestState.RUNNING and r.needs_steps)
-        return max(candidates, key=_seniority, default=None)
+        """Who is preempted next: the latest arrival of the lowest class."""
+        return max(self._victims(), key=_seniority, default=None)
 
-    def _preempt(self, request: Request, beneficiary: Request, now_s: float) -> bool:
-        """Take a running request's rows and blocks away. True if it was not swapped out and must be queued again."""
+    def _victims(self) -> list[Request]:
+        """Those that run and still need steps."""
+        return [r for r in self.running.values() if r.state is RequestState.RUNNING and r.needs_steps]
+
+    def _preempt(self, request: Request, beneficiary: Request | None, now_s: float) -> bool:
+        """Take a running request's rows and blocks away. True if it was not swapped out and must be queued again.
+
+        beneficiary: None if nobody is waiting for them yet
+        """
         holders = Counter(block_id for sequence in request.sequences for block_id in self.ledger.computed_blocks(sequence))
         swaps, why = self._prefers_swap(request, holders)
         request.num_preemptions += 1
@@ -641,7 +668,7 @@ class Group:
             sequence.look_at = 0  # a token on its way may be what it waits for
         if self.note:
             kind = "swapped out" if swaps else "preempted for recompute"
-            who = "a block of its own" if beneficiary is request else f"request {beneficiary.handle}"
+            who = "a block of its own" if beneficiary is request else f"request {beneficiary.handle}" if beneficiary else "those that grow"
             self.note(request.handle, f"{kind} to make room for {who} ({why})")
         if not swaps:
             self._let_go(request)
@@ -695,7 +722,9 @@ class Group:
         """Bring one swapped request back, if there is room for it."""
         if request.num_rows > len(self.batch.free_rows):
             return False
-        headroom = self._watermark() + len(self.running) if self.running else 0
+        # A block for each row there will then be, so that it is not swapped out again at once.
+        num_rows = sum(r.num_rows for r in self.running.values()) + request.num_rows - 1
+        headroom = self._watermark() + num_rows if self.running else 0
         moved = self.ledger.swap_in(request, headroom=headroom, draft=self._draft)
         if moved is None:
             return False

@@ -72,6 +72,10 @@ class StepMeter:
         per_copy_s = max(0.0, self._inflation_s) / self._copies_beside if self._copies_beside else 0.0
         return 2 * num_blocks * per_copy_s + backlog * self._block_copy_s
 
+    def copy_steps(self, num_blocks: int) -> int:
+        """About how many whole decode steps pass while so many blocks are copied one way; 0 while that is not known."""
+        return int(num_blocks * self._block_copy_s / self._decode_step_s) if self._decode_step_s else 0
+
     def _prefill_speed(self, num_tokens: int) -> float | None:
         if self._prefill_tokens_per_s is not None:
             return self._prefill_tokens_per_s

@@ -151,12 +151,23 @@ MUTATIONS = (
     Mutation(
         "S5: the latest arrival of the lowest class is preempted",
         "group",
-        (("return max(candidates, key=_seniority, default=None)", "return min(candidates, key=_seniority, default=None)"),),
+        (("return max(self._victims(), key=_seniority, default=None)", "return min(self._victims(), key=_seniority, default=None)"),),
     ),
     Mutation(
         "S5: the lowest class is preempted first",
         "group",
         (("return (-request.level, request.arrival_s, request.handle)", "return (0, request.arrival_s, request.handle)"),),
+    ),
+    Mutation(
+        "S5: nobody is swapped out ahead while there are blocks for a while",
+        "group",
+        (("if num_wanted <= self.pool.num_available + self.copies.num_leaving() or not", "if not"),),
+    ),
+    Mutation("S5: the only one that runs is not swapped out ahead", "group", (("len(self._victims()) < 2", "not self._victims()"),)),
+    Mutation(
+        "S5: nobody is recomputed ahead",
+        "group",
+        ((" or not self._prefers_swap(victim, holders)[0]:", ":"),),
     ),
     Mutation(
         "S5: only what the victim held last is counted as yielded",
@@ -202,7 +213,7 @@ MUTATIONS = (
     Mutation(
         "S7: what was swapped out comes back only when others can grow",
         "group",
-        (("headroom = self._watermark() + len(self.running) if self.running else 0", "headroom = 0"),),
+        (("headroom = self._watermark() + num_rows if self.running else 0", "headroom = 0"),),
     ),
     Mutation(
         "S7: swapped requests come back in order",

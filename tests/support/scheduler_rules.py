@@ -254,7 +254,7 @@ class WatchedScheduler(Scheduler):
 
     # -- S5, S6, S7 ---------------------------------------------------------------------------------------------------------
 
-    def _before_preempt(self, group: Group, victim: Request, beneficiary: Request, now_s: float) -> None:
+    def _before_preempt(self, group: Group, victim: Request, beneficiary: Request | None, now_s: float) -> None:
         candidates = [
             r
             for r in group.running.values()
@@ -263,10 +263,15 @@ class WatchedScheduler(Scheduler):
         lowest = min(r.level for r in candidates)
         latest = max((r for r in candidates if r.level == lowest), key=lambda r: (r.arrival_s, r.handle))
         assert victim is latest, "S5: the victim is not the latest arrival of the lowest class"
-        first = (-beneficiary.level, beneficiary.arrival_s, beneficiary.handle)
-        seniors = [r for r in group.running.values() if (-r.level, r.arrival_s, r.handle) <= first]
-        waiting = [s for r in seniors for s in r.sequences if s.num_planned >= s.write_limit and s.row >= 0 and s.block_table]
-        assert _num_unheld(group) < _wanted(group, waiting), "S5: a preemption though blocks are there"
+        if beneficiary is None:
+            assert len(candidates) > 1, "S5: a preemption of the only one that runs"
+            assert _num_unheld(group) < _wanted_soon(group), "S5: a preemption though blocks are there for a while"
+            self.seen["preemptions ahead"] += 1
+        else:
+            first = (-beneficiary.level, beneficiary.arrival_s, beneficiary.handle)
+            seniors = [r for r in group.running.values() if (-r.level, r.arrival_s, r.handle) <= first]
+            waiting = [s for r in seniors for s in r.sequences if s.num_planned >= s.write_limit and s.row >= 0 and s.block_table]
+            assert _num_unheld(group) < _wanted(group, waiting), "S5: a preemption though blocks are there"
         saved: Counter[int] = Counter()
         for sequence in victim.sequences:
             saved.update(sequence.block_table[: math.ceil(sequence.num_planned / group.config.block_size)])
@@ -280,6 +285,7 @@ class WatchedScheduler(Scheduler):
         self._swap_expected = (
             fits and not partly and (mode == "swap" or (mode == "auto" and (recompute_s is None or swap_s <= recompute_s)))
         )
+        assert self._swap_expected or beneficiary is not None, "S5: a victim is recomputed before anybody needs its blocks"
         self._level_before = victim.level
 
     def _after_preempt(self, group: Group, recompute: bool, victim: Request, *_: Any) -> None:
@@ -336,6 +342,13 @@ def _watch(group: Group, name: str, before: Callable[..., None], after: Callable
         return result
 
     setattr(group, name, watched)
+
+
+def _wanted_soon(group: Group) -> int:
+    """Blocks that those who run will write their next block's worth of tokens into and do not hold yet."""
+    size = group.config.block_size
+    running = [s for r in group.running.values() if r.state is RequestState.RUNNING for s in r.sequences if s.row >= 0 and s.block_table]
+    return sum(max(0, math.ceil(min(s.num_planned + size + 1, s.max_total) / size) - len(s.block_table)) for s in running)
 
 
 def _wanted(group: Group, sequences: list[Any]) -> int:

@@ -46,11 +46,16 @@ def test_ranks_take_the_smallest_number_of_any() -> None:
 def test_touching_libraries_goes_through_every_product_and_changes_nothing(tmp_path: Path, name: str) -> None:
     family, config = NATIVE_MODELS[name]
     model = load_llama_model(read_model_folder(save_tiny_model(tmp_path, family, **config)), dtype="float32", device="cpu")
-    product, weights = model.weights.product, []
+    product, seen = model.weights.product, set()
     before = [layer.down.clone() for layer in model.weights.layers]
-    model.weights.product = lambda rows, weight: (weights.append(weight.data_ptr()), product(rows, weight))[1]
+
+    def seen_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.add(weight.data_ptr())
+        return product(rows, weight)
+
+    model.weights.product = seen_product
     touch_libraries(model, max_tokens=8192)
     layer = model.weights.layers[0]
     used = (layer.qkv, layer.output, layer.gate_up, layer.down, model.weights.head)
-    assert set(weights) == {weight.data_ptr() for weight in used}
+    assert seen == {weight.data_ptr() for weight in used}
     assert all(torch.equal(layer.down, old) for layer, old in zip(model.weights.layers, before, strict=True))
