@@ -46,9 +46,9 @@ TIMEOUT_S: Final = 60.0
 # How often it looks whether they have ended.
 _POLL_S: Final = 0.01
 # Processes of one host; each takes a CPU, and some hundred megabytes of the GPU.
-_MAX_PROCESSES: Final = 10
+_MAX_PROCESSES: Final = 16
 # What they take of the GPU together at most: contexts, and the stand-ins' buffers for the largest step.
-_MAX_GPU_BYTES: Final = 24 * 2**30
+_MAX_GPU_BYTES: Final = 36 * 2**30
 # Of the stand-in for the model: kernels of layers do not depend on these.
 _NUM_LAYERS: Final = 1
 _NUM_BLOCKS: Final = 64
@@ -264,7 +264,10 @@ def _only_compile(claims: Path) -> None:
     launch = JITFunction.run
 
     def compile_alone(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        return launch(self, *args, warmup=True, **kwargs)
+        kernel = launch(self, *args, warmup=True, **kwargs)
+        if kernel is not None:
+            _ = kernel.run  # made when it is first asked for: by a C compiler, which the rank would wait for kernel after kernel
+        return kernel
 
     JITFunction.run = compile_alone
     # What no kernel fills in must be valid all the same: torch looks things up by it, and an index out of bounds ends the GPU's context.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import DEMO_MODEL
 from triton import knobs
-from triton.runtime.jit import JitFunctionInfo
+from triton.runtime.jit import JITFunction, JitFunctionInfo
 
 from quire.common.model_folder import ModelFolder, read_model_folder
 from quire.worker import compile_ahead
@@ -105,3 +105,26 @@ def test_what_fails_or_hangs_is_left_to_the_rank(folder: ModelFolder, monkeypatc
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_kernel_is_compiled_with_what_launches_it_and_never_launched(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Kernel:
+        @property
+        def run(self) -> None:
+            (tmp_path / "launcher").touch()
+
+    def launch(_: Any, *, warmup: bool, is_taken: bool) -> Kernel | None:
+        (tmp_path / f"{'compiled' if warmup else 'launched'}").touch()
+        return None if is_taken else Kernel()
+
+    def work() -> None:
+        for is_taken in (True, False):
+            JITFunction.run(None, warmup=False, is_taken=is_taken)
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    compiling = start(folder, {"works": work}, monkeypatch, tmp_path)
+    compiling.wait()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "triton") == ["compiled", "launcher"]
+    assert list((tmp_path / "triton").glob("*.compiled")), "a process failed"

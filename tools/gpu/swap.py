@@ -2,8 +2,8 @@
 
 python -P tools/gpu/swap.py --out swap.json [--models llama-13b,qwen3-0.6b] [--repetitions 1] [--logs DIR]
 
-Each model starts five engines: a large pool, 1000 blocks with swap, recompute, and the scheduler's own choice, and a large pool with as
-few sequences at once. DIR/MODEL keeps their logs and journals.
+Each model starts four engines: 1000 blocks with swap, recompute, and the scheduler's own choice, and a large pool with as few sequences
+at once. DIR/MODEL keeps their logs and journals.
 """
 
 import argparse
