@@ -44,8 +44,8 @@ MAX_PLANS_OUTSTANDING: Final = 2
 # Share of the pool that admission leaves free, so that those who run can grow before anybody must be preempted.
 WATERMARK_SHARE: Final = 0.01
 # From the plan that starts a swap-out to the first that can give its blocks away, if the copies take less than a step: they run beside
-# the next step, whose acknowledgement names them, and by then one more plan is at the ranks.
-SWAP_OUT_STEPS: Final = 3
+# the next step, whose acknowledgement names them and comes just behind its result, with which one more plan has left.
+SWAP_OUT_STEPS: Final = 4
 # Prompt tokens waiting to be computed, in steps' worth, from which on a group is overloaded: a cached prefix draws no more there.
 OVERLOADED_STEPS: Final = 4
 

@@ -513,9 +513,10 @@ class Simulation:
         elif kind < 0.6:  # a rank dies, and Ray tells the controller
             self.scheduler.detach(DetachGroup(group.group_id, group.term, "a rank died"), self.now_s)
             self._lost(group.group_id, group.term)
-        elif kind < 0.7 and self.retired:  # a rank of a term that is over says that it fails
+        elif kind < 0.7 and self.retired:  # a rank of a term that is over says that it fails, or has done a step
             late = self.retired[-1]
             self.scheduler.ack(late.group_id, StepAck(late.term, 0, 0, error="late"), self.now_s)
+            self.scheduler.apply(late.group_id, StepResult(late.term, 10**6), self.now_s)
             self._deliver(is_stale=True)
             assert not self.lost_by_stale, "a message of a term that is over loses the group"
         elif kind < 0.8:  # a rank says that it fails
