@@ -127,19 +127,23 @@ class Batch:
         needy += [sequence for sequence in self.stepping if sequence.num_planned >= sequence.write_limit]
         return needy
 
-    def growth(self, num_steps: int, *, num_steps_to_free: int) -> int:
-        """Blocks that decoding sequences will need for so many steps, less those that the ends of some of them leave meanwhile.
+    def growth(self, num_steps: int, *, num_steps_to_free: int) -> tuple[dict[int, list[int]], int]:
+        """(after how many steps decoding sequences will need a block, by handle; blocks that the ends of others leave in time).
 
         num_steps: at most a block's tokens, so that each needs one at most
         num_steps_to_free: from the step that samples a sequence's last token to the one that can have its blocks
         """
-        size, num_blocks = self._ledger.block_size, 0
+        size, pool = self._ledger.block_size, self._ledger.pool
+        needs: dict[int, list[int]] = {}
+        num_ending = 0
         for sequence in self.decoding.values():
             num_left = sequence.max_total - 1 - sequence.num_planned  # steps
+            num_fitting = len(sequence.block_table) * size - sequence.num_planned  # tokens
+            if num_fitting < num_steps and num_fitting < num_left:
+                needs.setdefault(sequence.handle, []).append(num_fitting)
             if num_left + num_steps_to_free <= num_steps:
-                num_blocks -= len(sequence.block_table)
-            num_blocks += sequence.num_planned + min(num_steps, num_left) > len(sequence.block_table) * size
-        return num_blocks
+                num_ending += sum(pool.ref_count(block_id) == 1 for block_id in sequence.block_table)
+        return needs, num_ending
 
     def plan(self, draft: StepDraft) -> None:
         """Fill in what the step computes: the decoding rows, the beams, and chunks of prompts with what is left."""

@@ -1,5 +1,6 @@
 """The copies between a group's GPU and CPU blocks that its ranks have been told of and have not all acknowledged."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -77,4 +78,5 @@ class CopyLedger:
 
     def num_leaving(self) -> int:
         """GPU blocks that will be free once the copies out of them have ended."""
-        return sum(copy.is_out and self._gpu_pool.ref_count(copy.gpu_block) == 1 for copy in self._under_way.values())
+        held = Counter(copy.gpu_block for copy in self._under_way.values() if copy.is_out)  # twice by two that shared it
+        return sum(self._gpu_pool.ref_count(block_id) == count for block_id, count in held.items())

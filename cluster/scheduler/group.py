@@ -2,8 +2,8 @@
 
 A step is planned in this order, so that what runs is served before what comes:
 
-    begin_step       rows that have their last token on the way leave; decoding rows get the blocks that they need, at the
-                     price of preemptions if there are none
+    begin_step       victims are swapped out whose blocks will be missed soon; rows that have their last token on the way leave;
+                     decoding rows get the blocks that they need, at the price of preemptions if there are none
     resume_swapped   swapped sequence groups come back while there is room
     admit            the dispatcher adds waiting requests while there is room
     finish_step      chunks of prompts take what is left of max_batched_tokens; the plan
@@ -259,11 +259,13 @@ class Group:
         """See to the rows that decode; the requests that lost their blocks for recompute, which must be queued again."""
         self._draft = StepDraft()
         self._num_promised = 0
+        self._swap_out_ahead(now_s)  # while those that end are still in the batch
         self.batch.retire()
         self.batch.keep_prefill_share(self._next_step_id, self._draft)
-        self._swap_out_ahead(now_s)
         needy = self.batch.needy(self._draft)
-        return self._give_blocks(needy, now_s) if needy else []
+        requeued = self._give_blocks(needy, now_s) if needy else []
+        self._draft.held.intersection_update(self.batch.decoding)  # a row may have been preempted since it was to wait
+        return requeued
 
     def resume_swapped(self, now_s: float) -> None:
         """Bring swapped sequence groups back, in order, while there is room."""
@@ -624,21 +626,36 @@ class Group:
         return requeued
 
     def _swap_out_ahead(self, now_s: float) -> None:
-        """Swap victims out before anybody would have to wait for their blocks, which come free only when they have been copied.
+        """Swap victims out before others would have to wait for their blocks, which come free only when they have been copied.
 
         A victim that would be recomputed leaves its blocks at once, and so stays for as long as nobody needs them.
         """
-        # Within a block's tokens nobody needs more than one.
-        while self.config.preemption != "recompute" and self.pool.num_available < len(self.batch.decoding):
-            victim = self._victim()
-            if victim is None or len(self._victims()) < 2:
-                return
+        if self.config.preemption == "recompute" or not self.cpu_pool.num_available:
+            return
+        if self.pool.num_available >= len(self.batch.decoding):  # within a block's tokens nobody needs more than one
+            return
+        victims = sorted(self._victims(), key=_seniority)
+        num_steps, num_ending = 0, 0
+        needs: dict[int, list[int]] = {}
+        while victims:
+            victim = victims.pop()
             holders = Counter(block_id for sequence in victim.sequences for block_id in self.ledger.computed_blocks(sequence))
-            num_steps = min(1 + SWAP_OUT_STEPS + self.meter.copy_steps(len(holders)), self.config.block_size)
-            num_wanted = self.batch.growth(num_steps, num_steps_to_free=MAX_PLANS_OUTSTANDING)
-            if num_wanted <= self.pool.num_available + self.copies.num_leaving() or not self._prefers_swap(victim, holders)[0]:
+            if not num_steps:
+                num_steps = min(1 + SWAP_OUT_STEPS + self.meter.copy_steps(len(holders)), self.config.block_size)
+                needs, num_ending = self.batch.growth(num_steps, num_steps_to_free=MAX_PLANS_OUTSTANDING)
+            # What a victim alone would lack is no reason: it can leave then. But before others it would take what they will lack.
+            its_needs = needs.pop(victim.handle, [])
+            last_need = max(map(max, needs.values()), default=-1)
+            num_wanted = sum(map(len, needs.values())) + sum(need <= last_need for need in its_needs)
+            if num_wanted <= self.pool.num_available + self.copies.num_leaving() + num_ending:
                 return
-            self._preempt(victim, None, now_s)
+            # One that ends by then leaves its blocks as soon by itself.
+            if all(s.max_total - 1 - s.num_planned + MAX_PLANS_OUTSTANDING <= num_steps for s in victim.sequences):
+                return
+            if not self._prefers_swap(victim, holders)[0]:
+                return
+            is_requeued = self._preempt(victim, None, now_s)
+            assert not is_requeued, victim.handle
 
     def _give(self, request: Request, sequences: list[Sequence]) -> None:
         num_blocks = self.ledger.give(sequences, self._draft)
@@ -722,7 +739,7 @@ class Group:
         """Bring one swapped request back, if there is room for it."""
         if request.num_rows > len(self.batch.free_rows):
             return False
-        # A block for each row there will then be, so that it is not swapped out again at once.
+        # With the watermark a block for each row there will then be, so that it is not swapped out again at once.
         num_rows = sum(r.num_rows for r in self.running.values()) + request.num_rows - 1
         headroom = self._watermark() + num_rows if self.running else 0
         moved = self.ledger.swap_in(request, headroom=headroom, draft=self._draft)

@@ -28,6 +28,7 @@ EXPECTED = {
     "plans that wait for copies": 100,
     "held rows": 100,
     "a long prompt beside short ones": 100,
+    "preemptions ahead": 200,
     "preemptions by swap": 500,
     "preemptions by recompute": 500,
     "several sequences preempted by swap": 20,

@@ -161,18 +161,30 @@ MUTATIONS = (
     Mutation(
         "S5: nobody is swapped out ahead while there are blocks for a while",
         "group",
-        (("if num_wanted <= self.pool.num_available + self.copies.num_leaving() or not", "if not"),),
+        (("if num_wanted <= self.pool.num_available + self.copies.num_leaving() + num_ending:", "if False:"),),
     ),
-    Mutation("S5: the only one that runs is not swapped out ahead", "group", (("len(self._victims()) < 2", "not self._victims()"),)),
+    Mutation("S5: blocks that are leaving are counted", "group", (("+ self.copies.num_leaving() + num_ending:", "+ num_ending:"),)),
+    Mutation("S5: the only one that runs is not swapped out ahead", "group", (("while len(victims) > 1:", "while victims:"),)),
+    Mutation(
+        "S5: nobody is swapped out ahead for itself", "group", (("+ sum(need <= last_need for need in its_needs)", "+ len(its_needs)"),)
+    ),
     Mutation(
         "S5: nobody is recomputed ahead",
         "group",
-        ((" or not self._prefers_swap(victim, holders)[0]:", ":"),),
+        (
+            ("if not self._prefers_swap(victim, holders)[0]:\n                return", "if False:\n                return"),
+            ("            assert not is_requeued, victim.handle\n", ""),
+        ),
+    ),
+    Mutation(
+        "a row that is preempted does not wait",
+        "group",
+        (("        self._draft.held.intersection_update(self.batch.decoding)", "        #"),),
     ),
     Mutation(
         "S5: only what the victim held last is counted as yielded",
         "copies",
-        (("copy.is_out and self._gpu_pool.ref_count(copy.gpu_block) == 1", "copy.is_out"),),
+        (("self._gpu_pool.ref_count(block_id) == count", "count > 0"),),
     ),
     Mutation(
         "S5: blocks that held rows wait for are not given to newcomers",

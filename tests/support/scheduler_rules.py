@@ -265,7 +265,8 @@ class WatchedScheduler(Scheduler):
         assert victim is latest, "S5: the victim is not the latest arrival of the lowest class"
         if beneficiary is None:
             assert len(candidates) > 1, "S5: a preemption of the only one that runs"
-            assert _num_unheld(group) < _wanted_soon(group), "S5: a preemption though blocks are there for a while"
+            there = _num_unheld(group) + _num_coming(group)
+            assert there < _wanted_soon(group, victim), "S5: a preemption though blocks are there for a while"
             self.seen["preemptions ahead"] += 1
         else:
             first = (-beneficiary.level, beneficiary.arrival_s, beneficiary.handle)
@@ -305,7 +306,7 @@ class WatchedScheduler(Scheduler):
         assert request.transfer is None, "a request swaps in before its copies out have ended"
         assert not request.awaits_result, "a request swaps in before its last token is there"
         self._available_before = group.pool.num_available
-        self._was_running = len(group.running)
+        self._num_rows = sum(r.num_rows for r in group.running.values()) + request.num_rows - 1 if group.running else 0
         before = [
             r
             for r in group.swapped.values()
@@ -320,8 +321,8 @@ class WatchedScheduler(Scheduler):
         if not is_in:
             return
         self.seen["swaps in"] += 1
-        if self._was_running:
-            assert group.pool.num_available >= max(1, group.pool.num_blocks // 100) + self._was_running, "S7: nothing to grow after a swap"
+        if self._num_rows:
+            assert group.pool.num_available >= max(1, group.pool.num_blocks // 100) + self._num_rows, "S7: nothing to grow after a swap"
         self._end_wait(request)
 
     def _end_wait(self, request: Request) -> None:
@@ -344,11 +345,13 @@ def _watch(group: Group, name: str, before: Callable[..., None], after: Callable
     setattr(group, name, watched)
 
 
-def _wanted_soon(group: Group) -> int:
-    """Blocks that those who run will write their next block's worth of tokens into and do not hold yet."""
+def _wanted_soon(group: Group, victim: Request) -> int:
+    """Blocks that those who run will lack within a block's worth of tokens; nothing if that is the victim alone."""
     size = group.config.block_size
-    running = [s for r in group.running.values() if r.state is RequestState.RUNNING for s in r.sequences if s.row >= 0 and s.block_table]
-    return sum(max(0, math.ceil(min(s.num_planned + size + 1, s.max_total) / size) - len(s.block_table)) for s in running)
+    rows = [s for r in group.running.values() if r.state is RequestState.RUNNING for s in r.sequences if s.row >= 0 and s.block_table]
+    needs = [math.ceil(min(s.num_planned + size, s.max_total - 1) / size) - len(s.block_table) for s in rows]
+    has_others = any(need > 0 and s.request is not victim for need, s in zip(needs, rows, strict=True))
+    return sum(max(0, need) for need in needs) if has_others else 0
 
 
 def _wanted(group: Group, sequences: list[Any]) -> int:

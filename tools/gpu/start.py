@@ -50,9 +50,7 @@ def turn(name: str, device: str) -> dict[str, Any]:
             serve.wait_ready()
             ready_s = time.monotonic() - started_s
             (log,) = serve.temporary.glob("quire-*/logs/model-0-0.log")
-            said = [
-                line for line in log.read_text().splitlines() if any(part in line for part in ("ready in", "began to load", "compiled"))
-            ]
+            said = [line for line in log.read_text().splitlines() if any(part in line for part in _SAID)]
         return {"ready_s": round(ready_s, 2), "rank": said}
 
 

@@ -581,3 +581,26 @@ def test_random_stories_lose_nothing(seed: int) -> None:
     assert all(group.pool.num_held == group.cpu_pool.num_held == 0 for group in story.scheduler.groups.values())
     for name in submitted - cancelled:
         assert isinstance(story.ends[name], Finished), name
+
+
+@pytest.mark.parametrize(("preemption", "num_blocks"), [("swap", 60), ("recompute", 49)])
+def test_a_row_that_waits_for_its_share_and_is_preempted_meanwhile_is_not_held(preemption: str, num_blocks: int) -> None:
+    """More rows decode than a step has tokens for beside a prompt, so some wait; ranks refuse to hold a row that they have removed."""
+    story = Story(
+        block_size=8,
+        num_blocks=num_blocks,
+        num_cpu_blocks=200,
+        max_rows=16,
+        max_batched_tokens=16,
+        max_model_len=1000,
+        preemption=preemption,
+        config=config(max_waiting_requests=100, max_waiting_tokens=100_000),
+    )
+    story.submit("long", [1] * 150, max_tokens=5, priority=3)
+    for number in range(15):
+        story.submit(f"short{number}", [100 + number] * 2, max_tokens=30)
+    story.run()
+    assert {plan.step_id for plan in story.history if plan.hold_rows}, "nobody waited"
+    ends = [end for end in story.ends.values() if isinstance(end, Finished)]
+    assert [end.reason for end in ends] == [EndReason.LENGTH] * 16, story.ends
+    assert any(end.num_preemptions for end in ends), "nobody was preempted"

@@ -26,6 +26,14 @@ def test_nothing_is_known_before_the_first_step() -> None:
     assert meter.time_out_s(num_prefill_tokens=0, num_decoding=1, factor=5) is None
     assert meter.recompute_s(100) is None
     assert meter.swap_s(100, backlog=100) == 0.0
+    assert meter.copy_steps(100) == 0
+
+
+def test_copies_take_as_many_steps_as_fit_into_their_time() -> None:
+    meter = new_meter(copy_bytes_per_s=1e6, block_bytes=1000)  # a block a millisecond
+    assert meter.copy_steps(100) == 0, "no step was seen yet"
+    meter.observe(device_s=0.010, num_prefill_tokens=0, num_decoding=3, num_copies=0)
+    assert [meter.copy_steps(count) for count in (0, 9, 11, 19, 21, 105)] == [0, 0, 1, 1, 2, 10]
 
 
 @given(st.lists(SECONDS, min_size=1, max_size=30))
