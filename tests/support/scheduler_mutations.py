@@ -164,7 +164,6 @@ MUTATIONS = (
         (("if num_wanted <= self.pool.num_available + self.copies.num_leaving() + num_ending:", "if False:"),),
     ),
     Mutation("S5: blocks that are leaving are counted", "group", (("+ self.copies.num_leaving() + num_ending:", "+ num_ending:"),)),
-    Mutation("S5: the only one that runs is not swapped out ahead", "group", (("while len(victims) > 1:", "while victims:"),)),
     Mutation(
         "S5: nobody is swapped out ahead for itself", "group", (("+ sum(need <= last_need for need in its_needs)", "+ len(its_needs)"),)
     ),
@@ -175,11 +174,6 @@ MUTATIONS = (
             ("if not self._prefers_swap(victim, holders)[0]:\n                return", "if False:\n                return"),
             ("            assert not is_requeued, victim.handle\n", ""),
         ),
-    ),
-    Mutation(
-        "a row that is preempted does not wait",
-        "group",
-        (("        self._draft.held.intersection_update(self.batch.decoding)", "        #"),),
     ),
     Mutation(
         "S5: only what the victim held last is counted as yielded",
