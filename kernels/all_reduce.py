@@ -5,7 +5,7 @@ rank meets program i of every other rank: it writes the number of this meeting i
 theirs are in its own. What a rank wrote before the launch, or a program before the meeting, the others can read after it. The
 numbers go up by one with each meeting of a program, and wrap around.
 
-Nobody waits a second time, for the end of the reading. Instead what is read now is not written again before one more
+Nobody waits once more for the end of the reading. Instead what is read now is not written again before one more
 meeting: whoever comes to that has ended this launch. Partial sums have areas that take turns; what programs write themselves has two
 slots, by the meeting's number.
 """
@@ -24,6 +24,7 @@ from quire.kernels.backend import num_multiprocessors
 MAX_PROGRAMS: Final = 512
 # Bytes that a program of a flat sum or of an exchange reads of each rank in a turn.
 _TURN_BYTES: Final = 4096
+_EXCHANGE_WARPS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +167,40 @@ def _sum_norm_kernel(
         tl.store(output + token * output_stride + column, (numbers * scale * factors).to(dtype), mask=is_column)
 
 
-def all_reduce(peers: Peers, tensor: Tensor, *, area: int, slot_bytes: int) -> None:
+def all_reduce(peers: Peers, tensor: Tensor, *, area: int, slot_bytes: int, in_two_shots: bool = False) -> None:
     """Replace a contiguous tensor by its sum over the ranks.
 
-    area:       bytes from the start of the areas to two slots of `slot_bytes`, for this and `all_gather` alone; the tensor
-                fits into one of them
+    area:         bytes from the start of the areas to two slots of `slot_bytes`, for this and `all_gather` alone; the tensor
+                  fits into one of them
+    in_two_shots: each rank sums its share and reads the others' sums, for which they meet a second time. In one shot each reads all
+                  numbers of all others: size - 1 times the tensor, instead of 2 * (size - 1) / size times
 
-    Sums are float32, in rank order, rounded once: the same on all ranks.
+    Sums are float32, in rank order, rounded once: the same on all ranks, and either way.
     """
     assert tensor.is_contiguous(), tensor.stride()
     assert tensor.nbytes <= slot_bytes, (tensor.nbytes, slot_bytes)
-    _exchange(peers, tensor.view(-1), tensor.view(-1), area=area, slot_bytes=slot_bytes, sums=True)
+    numbers = tensor.view(-1)
+    if not in_two_shots:
+        _exchange(peers, numbers, numbers, area=area, slot_bytes=slot_bytes, sums=True)
+        return
+    turn = _TURN_BYTES // tensor.element_size()
+    share = triton.cdiv(turn, peers.size)
+    _two_shots_kernel[(_num_programs(numbers),)](
+        numbers,
+        peers.flags,
+        peers.areas,
+        peers.meetings,
+        peers.rank,
+        area,
+        slot_bytes,
+        len(numbers),
+        SIZE=peers.size,
+        MAX=MAX_PROGRAMS,
+        TURN=turn,
+        SHARE=share,
+        PADDED_SHARE=triton.next_power_of_2(share),
+        num_warps=_EXCHANGE_WARPS,
+    )
 
 
 def all_gather(peers: Peers, part: Tensor, output: Tensor, *, area: int, slot_bytes: int) -> None:
@@ -192,9 +216,7 @@ def all_gather(peers: Peers, part: Tensor, output: Tensor, *, area: int, slot_by
 
 
 def _exchange(peers: Peers, part: Tensor, output: Tensor, *, area: int, slot_bytes: int, sums: bool) -> None:
-    turn = _TURN_BYTES // part.element_size()
-    num_turns = triton.cdiv(len(part), turn)
-    _exchange_kernel[(min(num_turns, _max_programs(part.device, num_warps=4)),)](
+    _exchange_kernel[(_num_programs(part),)](
         output,
         part,
         peers.flags,
@@ -206,10 +228,16 @@ def _exchange(peers: Peers, part: Tensor, output: Tensor, *, area: int, slot_byt
         len(part),
         SIZE=peers.size,
         MAX=MAX_PROGRAMS,
-        TURN=turn,
+        TURN=_TURN_BYTES // part.element_size(),
         SUMS=sums,
-        num_warps=4,
+        num_warps=_EXCHANGE_WARPS,
     )
+
+
+def _num_programs(part: Tensor) -> int:
+    """The same for the same part of a slot, whatever is done: who writes there again must have met who read it."""
+    num_turns = triton.cdiv(part.nbytes, _TURN_BYTES)
+    return int(min(num_turns, _max_programs(part.device, num_warps=_EXCHANGE_WARPS)))
 
 
 @triton.jit(do_not_specialize=["own_rank", "area"])
@@ -249,3 +277,52 @@ def _exchange_kernel(
                 tl.store(output + rank * num_numbers + first + number, numbers, mask=is_number)
         if SUMS:
             tl.store(output + first + number, total.to(dtype), mask=is_number)
+
+
+@triton.jit(do_not_specialize=["own_rank", "area"])
+def _two_shots_kernel(
+    output: tl.tensor,  # [num_numbers], this rank's part at first
+    flags: tl.tensor,  # [SIZE]
+    areas: tl.tensor,  # [SIZE]
+    meetings: tl.tensor,  # [MAX]
+    own_rank: int,
+    area: int,
+    slot_bytes: int,
+    num_numbers: int,
+    SIZE: tl.constexpr,
+    MAX: tl.constexpr,
+    TURN: tl.constexpr,
+    SHARE: tl.constexpr,  # numbers of a turn that a rank sums
+    PADDED_SHARE: tl.constexpr,
+) -> None:
+    dtype = output.dtype.element_ty
+    program = tl.program_id(0)
+    parity = (tl.load(meetings + program) + 1) & 1
+    parts = area + parity.to(tl.int64) * slot_bytes
+    # Written between the two meetings: what the first has read lies in the other slot, and what was read from this one before has ended.
+    sums = area + (1 - parity).to(tl.int64) * slot_bytes
+    number = tl.arange(0, TURN)
+    own = tl.multiple_of((tl.load(areas + own_rank) + parts).to(tl.pointer_type(dtype)), 16)
+    for first in range(program * TURN, num_numbers, tl.num_programs(0) * TURN):
+        is_number = first + number < num_numbers
+        tl.store(own + first + number, tl.load(output + first + number, mask=is_number), mask=is_number)
+    _meet(flags, meetings, own_rank, SIZE, MAX)
+    column = tl.arange(0, PADDED_SHARE)
+    is_share = column < SHARE
+    place = own_rank * SHARE + column
+    own = tl.multiple_of((tl.load(areas + own_rank) + sums).to(tl.pointer_type(dtype)), 16)
+    for first in range(program * TURN, num_numbers, tl.num_programs(0) * TURN):
+        is_number = is_share & (place < TURN) & (first + place < num_numbers)
+        total = tl.zeros([PADDED_SHARE], tl.float32)
+        for rank in tl.static_range(SIZE):
+            theirs = tl.multiple_of((tl.load(areas + rank) + parts).to(tl.pointer_type(dtype)), 16)
+            total += tl.load(theirs + first + place, mask=is_number, other=0.0, cache_modifier=".cv").to(tl.float32)
+        tl.store(own + first + place, total.to(dtype), mask=is_number)
+    _meet(flags, meetings, own_rank, SIZE, MAX)
+    for first in range(program * TURN, num_numbers, tl.num_programs(0) * TURN):
+        for rank in tl.static_range(SIZE):
+            theirs = tl.multiple_of((tl.load(areas + rank) + sums).to(tl.pointer_type(dtype)), 16)
+            place = rank * SHARE + column
+            is_number = is_share & (place < TURN) & (first + place < num_numbers)
+            numbers = tl.load(theirs + first + place, mask=is_number, cache_modifier=".cv")
+            tl.store(output + first + place, numbers, mask=is_number)

@@ -16,9 +16,11 @@ from quire.worker.peer_memory import PeerMemory
 # Where partial sums lie: those of the embedding, of attention and of the MLP, so that none is written while it may be read.
 NUM_AREAS: Final = 3
 # Two ranks never need NCCL: each reads the other's numbers once, which no ring does in less, and our sum with its norm takes 0.62 of
-# NCCL's time with a norm at 8192 x 8192 (406 and 645 us, two NVIDIA H100 80GB HBM3, 2026-11-25), and less below. Of more ranks each would
-# read all others' numbers; above so many bytes NCCL has them instead. That bound is reckoned, not measured.
-_MAX_PEER_BYTES_OF_MANY: Final = 2**19
+# NCCL's time with a norm at 8192 x 8192 (406 and 645 us, two NVIDIA H100 80GB HBM3, 2026-11-25), and less below. Nor do they need two
+# shots, which read as much. Of more ranks each would read all others' numbers: above the first bound each sums its share instead, and
+# above the second NCCL does all of it. Both are reckoned, by 360 GB/s of loads and 3 us for a second meeting, not measured.
+_MAX_ONE_SHOT_BYTES_OF_MANY: Final = 2**18
+_MAX_PEER_BYTES_OF_MANY: Final = 2**22
 _ALIGNMENT: Final = 512
 
 
@@ -56,8 +58,7 @@ class CudaCollective(GlooCollective):
         elif self._is_for_nccl(tensor):
             dist.all_reduce(tensor)
         else:
-            for piece in _pieces(tensor, num_bytes=self._area_bytes):
-                all_reduce(self.peers, piece, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
+            self._all_reduce_by_peers(tensor)
 
     def all_gather(self, part: Tensor) -> Tensor:
         if not part.is_cuda:
@@ -81,6 +82,14 @@ class CudaCollective(GlooCollective):
         gathered = self.all_gather(F.pad(part, (0, max(widths) - part.shape[-1])))
         return torch.cat([each[..., :width] for each, width in zip(gathered, widths, strict=True)], dim=-1)
 
+    def _all_reduce_by_peers(self, tensor: Tensor) -> None:
+        for piece in _pieces(tensor, num_bytes=self._area_bytes):
+            area = NUM_AREAS * self._area_bytes
+            all_reduce(self.peers, piece, area=area, slot_bytes=self._area_bytes, in_two_shots=not self._is_for_one_shot(piece))
+
+    def _is_for_one_shot(self, tensor: Tensor) -> bool:
+        return self.size == 2 or tensor.nbytes <= _MAX_ONE_SHOT_BYTES_OF_MANY
+
     def _is_for_nccl(self, tensor: Tensor) -> bool:
         return self._has_nccl and tensor.nbytes > _MAX_PEER_BYTES_OF_MANY
 
@@ -101,12 +110,12 @@ class CudaCollective(GlooCollective):
 
     def sum_norm(self, index: int, weight: Tensor, *, residual: Tensor, eps: float, output: Tensor, adds: bool = True) -> None:
         """Sum the ranks' `partial(index, ...)`, add that to the residual stream and take the norm; see kernels.all_reduce.sum_norm."""
-        if not self._is_for_nccl(output):
+        if self._is_for_one_shot(output):
             start = index * self._area_bytes
             sum_norm(self.peers, weight, area=start, residual=residual, eps=eps, output=output, adds=adds)
             return
         partial = self.partial(index, len(output), output.shape[1], output.dtype)
-        dist.all_reduce(partial)
+        self.all_reduce(partial)
         if adds:
             rms_norm(partial, weight, eps=eps, residual=residual, output=output)
         else:

@@ -33,7 +33,7 @@ def test_all_ranks_have_the_sum_and_its_norm(size: int, shape: tuple[int, int], 
             torch.testing.assert_close(of_ranks[rank][turn][1], of_ranks[0][turn][1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_parts_are_summed_and_gathered(size: int, dtype: torch.dtype) -> None:
     lengths = [1, 5000, 7, 4096, 16384, 3, 3, 9000]
@@ -46,6 +46,7 @@ def test_parts_are_summed_and_gathered(size: int, dtype: torch.dtype) -> None:
         for rank in range(size):
             torch.testing.assert_close(of_ranks[rank][turn][0], total.to(dtype), rtol=0, atol=0)
             torch.testing.assert_close(of_ranks[rank][turn][1], parts, rtol=0, atol=0)
+            torch.testing.assert_close(of_ranks[rank][turn][2], total.to(dtype), rtol=0, atol=0)
 
 
 def test_numbers_of_meetings_wrap_around() -> None:
@@ -55,3 +56,4 @@ def test_numbers_of_meetings_wrap_around() -> None:
         for rank in range(2):
             torch.testing.assert_close(of_ranks[rank][turn][0], parts.sum(0), rtol=0, atol=0)
             torch.testing.assert_close(of_ranks[rank][turn][1], parts, rtol=0, atol=0)
+            torch.testing.assert_close(of_ranks[rank][turn][2], parts.sum(0), rtol=0, atol=0)

@@ -150,6 +150,19 @@ def test_sums_over_ranks_load_wide_and_wait_in_order(width: int, size: int) -> N
         assert "sys.acquire" in kernel.ptx
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_sums_in_two_shots_meet_twice(size: int) -> None:
+    addresses, rows = integers(size), zeros(64, 4096)
+    peers = Peers(0, size, addresses, addresses, zeros(MAX_PROGRAMS, dtype=torch.int32))
+    for kernel in compiled(partial(all_reduce, peers, rows, area=0, slot_bytes=rows.nbytes, in_two_shots=True)):
+        assert kernel.stack_bytes == 0
+        # A thread has 8 numbers of its share of two ranks, 4 of four.
+        wide = "v4.b32" if size == 2 else "v2.b32"
+        assert kernel.ptx.count(f"ld.global.cv.{wide}") + kernel.ptx.count(f"ld.global.{wide}") >= 2 * size
+        assert kernel.ptx.count("atom.global.sys.release") == 2 * (size - 1)
+        assert "sys.acquire" in kernel.ptx
+
+
 def small_launches() -> dict[str, Callable[[], object]]:
     qkv = zeros(4, 48, 128)
     query, key, value = qkv.split([32, 8, 8], dim=1)

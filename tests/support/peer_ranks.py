@@ -49,8 +49,8 @@ def sums_and_norms(peers: Peers, shape: tuple[int, int], dtype: torch.dtype, num
     return found
 
 
-def exchanges(peers: Peers, lengths: list[int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Sums and gathered parts of several lengths, which take other numbers of programs, in turns."""
+def exchanges(peers: Peers, lengths: list[int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Sums in one shot, gathered parts and sums in two shots, of several lengths, which take other numbers of programs, in turns."""
     found = []
     for turn, length in enumerate(lengths):
         part = numbers(peers.rank, turn, length, dtype=dtype)
@@ -58,7 +58,11 @@ def exchanges(peers: Peers, lengths: list[int], dtype: torch.dtype) -> list[tupl
         all_reduce(peers, total, area=0, slot_bytes=SLOT_BYTES)
         gathered = torch.empty((peers.size, length), dtype=dtype)
         all_gather(peers, part, gathered, area=0, slot_bytes=SLOT_BYTES)
-        found.append((total, gathered))
+        again = part.clone()
+        for _ in range(1 + turn % 2):  # so that a sum in one shot does not always find the same slot
+            again.copy_(part)
+            all_reduce(peers, again, area=0, slot_bytes=SLOT_BYTES, in_two_shots=True)
+        found.append((total, gathered, again))
     return found
 
 

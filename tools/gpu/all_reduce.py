@@ -20,6 +20,7 @@ from typing import Any
 WIDTHS = (4096, 8192)
 NUM_TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 EXCHANGE_BYTES = (4096, 16384, 65536, 262144, 1048576)
+LARGE_BYTES = (4194304, 16777216, 67108864)  # for sums only
 _CALLS = 32
 _TURNS = 9
 _TIMEOUT_S = 400
@@ -51,8 +52,9 @@ def measure(arguments: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from quire.kernels.all_reduce import all_reduce
     from quire.kernels.rms_norm import rms_norm
-    from quire.worker.collectives_cuda import CudaCollective
+    from quire.worker.collectives_cuda import NUM_AREAS, CudaCollective
 
     size = arguments.ranks
     store = dist.FileStore(arguments.store, size)  # type: ignore[attr-defined]  # torch's stubs lack it
@@ -90,22 +92,29 @@ def measure(arguments: argparse.Namespace) -> None:
         if arguments.rank == 0:
             print(row, flush=True)
 
+    def by_peers(tensor: torch.Tensor, *, in_two_shots: bool) -> None:
+        all_reduce(collective.peers, tensor, area=NUM_AREAS * most_bytes, slot_bytes=most_bytes, in_two_shots=in_two_shots)
+
     generator = torch.Generator("cuda").manual_seed(arguments.rank)
-    for num_bytes in EXCHANGE_BYTES:
+    for num_bytes in (*EXCHANGE_BYTES, *LARGE_BYTES):
         part = torch.randn(num_bytes // 2, generator=generator, device="cuda").bfloat16()
         expected = part.float()
         dist.all_reduce(expected, group=nccl)
-        total = part.clone()
-        collective.all_reduce(total)
-        parts = torch.empty((size, len(part)), dtype=part.dtype, device="cuda")
-        dist.all_gather_into_tensor(parts.view(-1), part, group=nccl)
-        assert torch.equal(total, expected.bfloat16()), (num_bytes, (total.float() - expected).abs().max())
-        assert torch.equal(collective.all_gather(part), parts), num_bytes
+        for in_two_shots in (False, True):
+            total = part.clone()
+            by_peers(total, in_two_shots=in_two_shots)
+            assert torch.equal(total, expected.bfloat16()), (num_bytes, in_two_shots, (total.float() - expected).abs().max())
         scratch = torch.zeros_like(part)
         row = {"what": "all_reduce", "bytes": num_bytes}
-        row["quire_us"] = timed(lambda turn: collective.all_reduce(scratch))  # noqa: B023  # called at once
+        row["one_shot_us"] = timed(lambda turn: by_peers(scratch, in_two_shots=False))  # noqa: B023  # called at once
+        row["two_shots_us"] = timed(lambda turn: by_peers(scratch, in_two_shots=True))  # noqa: B023  # called at once
         row["nccl_us"] = timed(lambda turn: dist.all_reduce(scratch, group=nccl))  # noqa: B023  # called at once
         add(row)
+        if num_bytes in LARGE_BYTES:
+            continue
+        parts = torch.empty((size, len(part)), dtype=part.dtype, device="cuda")
+        dist.all_gather_into_tensor(parts.view(-1), part, group=nccl)
+        assert torch.equal(collective.all_gather(part), parts), num_bytes
         row = {"what": "all_gather", "bytes": num_bytes}
         row["quire_us"] = timed(lambda turn: collective.all_gather(part))  # noqa: B023  # called at once
         row["nccl_us"] = timed(lambda turn: dist.all_gather_into_tensor(parts.view(-1), part, group=nccl))  # noqa: B023  # called at once
