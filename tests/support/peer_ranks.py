@@ -111,12 +111,20 @@ def _run(folder: str, function: Callable[..., Any], rank: int, size: int, argume
 class HostPeers(CudaCollective):
     """A CudaCollective without GPUs: its peer memory is shared host memory, and its kernels are interpreted."""
 
-    def __init__(self, peers: Peers, *, area_bytes: int, draw_bytes: int) -> None:
+    def __init__(self, peers: Peers, *, area_bytes: int, draw_bytes: int, in_two_shots: bool) -> None:
+        """in_two_shots: all sums, however small"""
+        self._in_two_shots = in_two_shots
         self.rank, self.size = peers.rank, peers.size
         self._has_nccl = False
         self._area_bytes, self._draw_bytes = area_bytes, draw_bytes
         self.peers = peers
         self._area = own_area(peers, peer_bytes(area_bytes, draw_bytes))
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self._all_reduce_by_peers(tensor)
+
+    def _is_for_one_shot(self, tensor: Tensor) -> bool:
+        return not self._in_two_shots and super()._is_for_one_shot(tensor)
 
     def gather_columns(self, part: Tensor, widths: Sequence[int]) -> Tensor:
         padded = F.pad(part, (0, max(widths) - part.shape[-1])).contiguous()
@@ -126,12 +134,18 @@ class HostPeers(CudaCollective):
 
 
 def draw_by_native_model(
-    peers: Peers, path: str, prompts: list[list[int]], num_tokens: int, area_bytes: int, sampling: list[SamplingState] | None
+    peers: Peers,
+    path: str,
+    prompts: list[list[int]],
+    num_tokens: int,
+    area_bytes: int,
+    sampling: list[SamplingState] | None,
+    in_two_shots: bool,
 ) -> list[list[int]]:
     """What a group of native ranks draws."""
     folder = read_model_folder(Path(path))
     num_bytes = draw_bytes(folder, dtype="float32", num_ranks=peers.size, max_rows=4)
-    collective = HostPeers(peers, area_bytes=area_bytes, draw_bytes=num_bytes)
+    collective = HostPeers(peers, area_bytes=area_bytes, draw_bytes=num_bytes, in_two_shots=in_two_shots)
     model = load_llama_model(folder, dtype="float32", device="cpu", collective=collective)
     kv_cache = KvCache(
         num_blocks=64, num_layers=folder.num_layers, num_kv_heads=model.num_kv_heads, block_size=4, head_dim=folder.head_dim,

@@ -29,8 +29,19 @@ AREA_BYTES = 64 * 1024
 SAMPLING = [SamplingState(temperature=0.9, seed=1), SamplingState(temperature=1.2, top_k=20, seed=2), SamplingState(top_p=0.8, seed=3)]
 
 
-@pytest.mark.parametrize(("name", "size", "sampling"), [("llama", 2, None), ("qwen3", 2, SAMPLING), ("qwen2", 4, None)])
-def test_ranks_draw_what_one_rank_draws(tmp_path: Path, name: str, size: int, sampling: list[SamplingState] | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "sampling", "in_two_shots"),
+    [
+        ("llama", 2, None, False),
+        ("qwen3", 2, SAMPLING, False),
+        ("qwen2", 4, None, False),
+        ("llama", 2, None, True),
+        ("qwen2", 4, None, True),
+    ],
+)
+def test_ranks_draw_what_one_rank_draws(
+    tmp_path: Path, name: str, size: int, sampling: list[SamplingState] | None, in_two_shots: bool
+) -> None:
     family, config = NATIVE_MODELS[name]
     path = save_tiny_model(tmp_path, family, **config)
     folder = read_model_folder(path)
@@ -42,7 +53,7 @@ def test_ranks_draw_what_one_rank_draws(tmp_path: Path, name: str, size: int, sa
     with torch.inference_mode():
         runner = Runner(model, kv_cache, rank=0, max_rows=4, max_model_len=40, max_batched_tokens=64, device="cpu", has_static_steps=True)
         expected = PlanDriver(runner).generate(PROMPTS, num_tokens=NUM_TOKENS, chunk=5, stagger=1, sampling=sampling)
-    arguments: tuple[Any, ...] = (str(path), PROMPTS, NUM_TOKENS, AREA_BYTES, sampling)
+    arguments: tuple[Any, ...] = (str(path), PROMPTS, NUM_TOKENS, AREA_BYTES, sampling, in_two_shots)
     num_bytes = peer_bytes(AREA_BYTES, draw_bytes(folder, dtype="float32", num_ranks=size, max_rows=4))
     of_ranks = run_ranks(draw_by_native_model, size, *arguments, area_bytes=num_bytes)
     assert of_ranks == [expected] * size
