@@ -94,6 +94,7 @@ def _numbers(runs: list[RunMeter], stolen: StolenTime) -> dict[str, Any]:
         "spared_requests": len(spared),
         "median_running": statistics.median(count for run in runs for _, count in run.steps if count),  # of steps
         "spared_itl_p99_ms": 1e3 * percentile(gaps_s, 99) if gaps_s else None,
+        "held": stolen.num_held,  # rows x steps
         "recomputed_tokens": stolen.num_recomputed_tokens,
         "swapped_tokens": stolen.num_swapped_tokens,
         "stolen_recompute_s": stolen.recompute_s,

@@ -29,6 +29,7 @@ class StolenTime:
     num_swapped_tokens: int  # swapped in; blocks that were found again by their hash are not among them
     recompute_s: float
     swap_s: float
+    num_held: int  # rows, summed over steps, that were held: for blocks that were being copied away, or for prompts' share of a step
 
     @property
     def us_per_token(self) -> float | None:
@@ -83,6 +84,8 @@ class _Reader:
     copies: dict[int, int] = field(default_factory=dict)  # those under way, with the first step that they run beside
     num_copies: int = 0
     num_swapped_blocks: int = 0
+    held: set[int] = field(default_factory=set)  # rows
+    num_held: int = 0
 
     def on_submit(self, message: Any) -> None:
         if isinstance(message, Submit):
@@ -94,6 +97,9 @@ class _Reader:
         self.copies |= {copy[0]: plan.step_id + 1 for copy in plan.swap_out}  # they start behind the forward
         self.num_copies += len(plan.swap_in) + len(plan.swap_out)
         self.num_swapped_blocks += len(plan.swap_in)
+        self.held.difference_update(plan.remove_rows, (~row for row in plan.hold_rows))
+        self.held.update(row for row in plan.hold_rows if row >= 0)
+        self.num_held += len(self.held)
 
     def on_answer(self, message: Any) -> None:
         match message:
@@ -136,6 +142,7 @@ class _Reader:
             num_swapped_tokens=self.num_swapped_blocks * self.block_size,
             recompute_s=max(0.0, recompute_s),
             swap_s=max(0.0, excess_s / num_copies_beside * self.num_copies) if num_copies_beside else 0.0,
+            num_held=self.num_held,
         )
 
 

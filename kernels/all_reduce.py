@@ -240,6 +240,16 @@ def _num_programs(part: Tensor) -> int:
     return int(min(num_turns, _max_programs(part.device, num_warps=_EXCHANGE_WARPS)))
 
 
+@triton.jit
+def _show(part: tl.tensor, areas: tl.tensor, own_rank: int, start: int, num_numbers: int, TURN: tl.constexpr) -> None:
+    """Copy this program's turns of a rank's part to `start` bytes into its own areas, where the others read it after a meeting."""
+    number = tl.arange(0, TURN)
+    own = tl.multiple_of((tl.load(areas + own_rank) + start).to(tl.pointer_type(part.dtype.element_ty)), 16)
+    for first in range(tl.program_id(0) * TURN, num_numbers, tl.num_programs(0) * TURN):
+        is_number = first + number < num_numbers
+        tl.store(own + first + number, tl.load(part + first + number, mask=is_number), mask=is_number)
+
+
 @triton.jit(do_not_specialize=["own_rank", "area"])
 def _exchange_kernel(
     output: tl.tensor,  # [num_numbers], or [SIZE * num_numbers]
@@ -259,12 +269,9 @@ def _exchange_kernel(
     dtype = part.dtype.element_ty
     program = tl.program_id(0)
     start = area + ((tl.load(meetings + program) + 1) & 1).to(tl.int64) * slot_bytes
-    number = tl.arange(0, TURN)
-    own = tl.multiple_of((tl.load(areas + own_rank) + start).to(tl.pointer_type(dtype)), 16)
-    for first in range(program * TURN, num_numbers, tl.num_programs(0) * TURN):
-        is_number = first + number < num_numbers
-        tl.store(own + first + number, tl.load(part + first + number, mask=is_number), mask=is_number)
+    _show(part, areas, own_rank, start, num_numbers, TURN)
     _meet(flags, meetings, own_rank, SIZE, MAX)
+    number = tl.arange(0, TURN)
     for first in range(program * TURN, num_numbers, tl.num_programs(0) * TURN):
         is_number = first + number < num_numbers
         total = tl.zeros([TURN], tl.float32)
@@ -301,11 +308,7 @@ def _two_shots_kernel(
     parts = area + parity.to(tl.int64) * slot_bytes
     # Written between the two meetings: what the first has read lies in the other slot, and what was read from this one before has ended.
     sums = area + (1 - parity).to(tl.int64) * slot_bytes
-    number = tl.arange(0, TURN)
-    own = tl.multiple_of((tl.load(areas + own_rank) + parts).to(tl.pointer_type(dtype)), 16)
-    for first in range(program * TURN, num_numbers, tl.num_programs(0) * TURN):
-        is_number = first + number < num_numbers
-        tl.store(own + first + number, tl.load(output + first + number, mask=is_number), mask=is_number)
+    _show(output, areas, own_rank, parts, num_numbers, TURN)
     _meet(flags, meetings, own_rank, SIZE, MAX)
     column = tl.arange(0, PADDED_SHARE)
     is_share = column < SHARE

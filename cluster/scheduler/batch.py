@@ -127,7 +127,7 @@ class Batch:
         needy += [sequence for sequence in self.stepping if sequence.num_planned >= sequence.write_limit]
         return needy
 
-    def growth(self, num_steps: int, *, num_steps_to_free: int) -> tuple[dict[int, list[int]], int]:
+    def look_ahead(self, num_steps: int, *, num_steps_to_free: int) -> tuple[dict[int, list[int]], int]:
         """(after how many steps decoding sequences will need a block, by handle; blocks that the ends of others leave in time).
 
         num_steps: at most a block's tokens, so that each needs one at most
@@ -137,7 +137,7 @@ class Batch:
         needs: dict[int, list[int]] = {}
         num_ending = 0
         for sequence in self.decoding.values():
-            num_left = sequence.max_total - 1 - sequence.num_planned  # steps
+            num_left = sequence.num_steps_left
             num_fitting = len(sequence.block_table) * size - sequence.num_planned  # tokens
             if num_fitting < num_steps and num_fitting < num_left:
                 needs.setdefault(sequence.handle, []).append(num_fitting)

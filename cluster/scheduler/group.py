@@ -634,15 +634,13 @@ class Group:
             return
         if self.pool.num_available >= len(self.batch.decoding):  # within a block's tokens nobody needs more than one
             return
-        victims = sorted(self._victims(), key=_seniority)
         num_steps, num_ending = 0, 0
         needs: dict[int, list[int]] = {}
-        while victims:
-            victim = victims.pop()
-            holders = Counter(block_id for sequence in victim.sequences for block_id in self.ledger.computed_blocks(sequence))
+        while (victim := self._victim()) is not None:
+            holders = self._holders(victim)
             if not num_steps:
                 num_steps = min(1 + SWAP_OUT_STEPS + self.meter.copy_steps(len(holders)), self.config.block_size)
-                needs, num_ending = self.batch.growth(num_steps, num_steps_to_free=MAX_PLANS_OUTSTANDING)
+                needs, num_ending = self.batch.look_ahead(num_steps, num_steps_to_free=MAX_PLANS_OUTSTANDING)
             # What a victim alone would lack is no reason: it can leave then. But before others it would take what they will lack.
             its_needs = needs.pop(victim.handle, [])
             last_need = max(map(max, needs.values()), default=-1)
@@ -650,7 +648,7 @@ class Group:
             if num_wanted <= self.pool.num_available + self.copies.num_leaving() + num_ending:
                 return
             # One that ends by then leaves its blocks as soon by itself.
-            if all(s.max_total - 1 - s.num_planned + MAX_PLANS_OUTSTANDING <= num_steps for s in victim.sequences):
+            if all(s.num_steps_left + MAX_PLANS_OUTSTANDING <= num_steps for s in victim.sequences):
                 return
             if not self._prefers_swap(victim, holders)[0]:
                 return
@@ -663,19 +661,20 @@ class Group:
             self.charge(request, num_blocks * self.config.block_size)
 
     def _victim(self) -> Request | None:
-        """Who is preempted next: the latest arrival of the lowest class."""
-        return max(self._victims(), key=_seniority, default=None)
+        """Who is preempted next: the latest arrival of the lowest class, of those that still need steps."""
+        candidates = (r for r in self.running.values() if r.state is RequestState.RUNNING and r.needs_steps)
+        return max(candidates, key=_seniority, default=None)
 
-    def _victims(self) -> list[Request]:
-        """Those that run and still need steps."""
-        return [r for r in self.running.values() if r.state is RequestState.RUNNING and r.needs_steps]
+    def _holders(self, request: Request) -> Counter[int]:
+        """How often a request holds each of its computed blocks, by id."""
+        return Counter(block_id for sequence in request.sequences for block_id in self.ledger.computed_blocks(sequence))
 
     def _preempt(self, request: Request, beneficiary: Request | None, now_s: float) -> bool:
         """Take a running request's rows and blocks away. True if it was not swapped out and must be queued again.
 
         beneficiary: None if nobody is waiting for them yet
         """
-        holders = Counter(block_id for sequence in request.sequences for block_id in self.ledger.computed_blocks(sequence))
+        holders = self._holders(request)
         swaps, why = self._prefers_swap(request, holders)
         request.num_preemptions += 1
         request.preempted_at_s = now_s

@@ -65,6 +65,11 @@ class Sequence:
         return self.num_planned >= self.max_total - 1
 
     @property
+    def num_steps_left(self) -> int:
+        """Steps to plan until its last token, by length, is on its way; below 1 when it is."""
+        return self.max_total - 1 - self.num_planned
+
+    @property
     def num_to_prefill(self) -> int:
         return self.prefill_end - max(self.num_planned, self.shared_tokens)
 

@@ -54,7 +54,7 @@ def test_recompute_takes_what_a_step_is_longer_by_and_prompts_that_are_new_take_
     journal.step(StepPlan(1, 1), 0.010, num_decoding=1)
     again = StepPlan(1, 2, remove_rows=(0,), add_rows=(add(1, 5, 5),), chunks=(Chunk(1, 0, 42, True),), samples=((1, 1),))
     journal.step(again, 0.052, num_decoding=1)
-    assert journal.stolen() == StolenTime(42, 0, recompute_s=near(0.042), swap_s=0.0)
+    assert journal.stolen() == StolenTime(42, 0, recompute_s=near(0.042), swap_s=0.0, num_held=0)
     assert journal.stolen().us_per_token == pytest.approx(1000.0)
 
 
@@ -64,7 +64,7 @@ def test_a_step_shares_its_length_out_over_new_tokens_and_those_that_came_back()
     other = RowAdd(2, tuple(range(100, 130)), 30, 0, (4, 5), 0, SamplingState())
     chunks = (Chunk(1, 0, 10, False), Chunk(2, 0, 30, True))
     journal.step(StepPlan(1, 1, remove_rows=(0,), add_rows=(add(1), other), chunks=chunks, samples=((2, 2),)), 0.040)
-    assert journal.stolen() == StolenTime(10, 0, recompute_s=near(0.010), swap_s=0.0)
+    assert journal.stolen() == StolenTime(10, 0, recompute_s=near(0.010), swap_s=0.0, num_held=0)
 
 
 def test_swap_takes_what_steps_beside_its_copies_are_longer_by() -> None:
@@ -80,7 +80,7 @@ def test_swap_takes_what_steps_beside_its_copies_are_longer_by() -> None:
     journal.step(joins, 0.011, num_decoding=4)
     stolen = journal.stolen()
     # 4 and 2 ms over 2 and 2 copies, 4 copies in all.
-    assert stolen == StolenTime(0, 2 * BLOCK_SIZE, recompute_s=0.0, swap_s=near(0.006))
+    assert stolen == StolenTime(0, 2 * BLOCK_SIZE, recompute_s=0.0, swap_s=near(0.006), num_held=0)
 
 
 def test_a_step_is_held_against_those_of_its_time_and_chance_evens_out() -> None:
@@ -96,6 +96,16 @@ def test_a_step_is_held_against_those_of_its_time_and_chance_evens_out() -> None
         for later in range(1, 4):
             journal.step(StepPlan(1, step_id + later), 0.020, num_decoding=4)
     assert journal.stolen().swap_s == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_row_counts_in_each_step_in_which_it_is_held() -> None:
+    journal = Journal()
+    journal.step(StepPlan(1, 0, add_rows=(add(0), add(1)), chunks=(Chunk(0, 0, 40, True),), samples=((0, 0),)), 0.9)
+    journal.step(StepPlan(1, 1, hold_rows=(0, 1)), 0.010)
+    journal.step(StepPlan(1, 2), 0.010)
+    journal.step(StepPlan(1, 3, hold_rows=(~0,)), 0.010, num_decoding=1)
+    journal.step(StepPlan(1, 4, remove_rows=(1,)), 0.010, num_decoding=1)
+    assert journal.stolen().num_held == 2 + 2 + 1
 
 
 def test_without_preemptions_nothing_is_stolen() -> None:

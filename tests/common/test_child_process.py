@@ -52,13 +52,17 @@ def test_a_child_gets_a_secret_variable_only_when_it_is_told_to(monkeypatch: pyt
     for told, expected in (({}, set()), ({"QUIRE_API_KEY": "mine"}, {"QUIRE_API_KEY=mine"})):
         child = start_child("sleeping_child", {"seconds": 60}, environ=told)
         try:
-            file = Path(f"/proc/{child.pid}/environ")  # empty for a moment, while the kernel puts the new program in place
-            _wait_until(lambda file=file: file.read_bytes() != b"", "the child's environment")  # type: ignore[misc]
-            environment = file.read_bytes().decode().split("\0")
+            environment = _environment_of(child.pid)
             assert f"PYTHONPATH={SUPPORT}" in environment
             assert {text for text in environment if text.startswith(SECRET_VARIABLES)} == expected
         finally:
             stop_child(child)
+
+
+def _environment_of(pid: int) -> list[str]:
+    file = Path(f"/proc/{pid}/environ")  # empty for a moment, while the kernel puts the new program in place
+    _wait_until(lambda: file.read_bytes() != b"", "the child's environment")
+    return file.read_bytes().decode().split("\0")
 
 
 def _wait_for_pid(pid_file: Path) -> int:

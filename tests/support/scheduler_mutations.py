@@ -151,7 +151,7 @@ MUTATIONS = (
     Mutation(
         "S5: the latest arrival of the lowest class is preempted",
         "group",
-        (("return max(self._victims(), key=_seniority, default=None)", "return min(self._victims(), key=_seniority, default=None)"),),
+        (("return max(candidates, key=_seniority, default=None)", "return min(candidates, key=_seniority, default=None)"),),
     ),
     Mutation(
         "S5: the lowest class is preempted first",
