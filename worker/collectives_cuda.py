@@ -15,18 +15,24 @@ from quire.worker.peer_memory import PeerMemory
 
 # Where partial sums lie: those of the embedding, of attention and of the MLP, so that none is written while it may be read.
 NUM_AREAS: Final = 3
-# Two ranks never need NCCL: each reads the other's numbers once, which no ring does in less, and our sum with its norm takes 0.62 of
-# NCCL's time with a norm at 8192 x 8192 (406 and 645 us, two NVIDIA H100 80GB HBM3, 2026-11-25), and less below. Nor do they need two
-# shots, which read as much. Of more ranks each would read all others' numbers: above the first bound each sums its share instead, and
-# above the second NCCL does all of it. Both are reckoned, by 360 GB/s of loads and 3 us for a second meeting, not measured.
-_MAX_ONE_SHOT_BYTES_OF_MANY: Final = 2**18
-_MAX_PEER_BYTES_OF_MANY: Final = 2**22
+# Measured by tools/gpu/all_reduce.py on two NVIDIA H200, 2026-11-30; docs/kernel_notes.md has the rows. Two ranks need neither NCCL, of
+# whose time one shot takes 0.34-0.93 from 4 KiB to 64 MiB, nor two shots, which read as much as one. Of more ranks each would read all
+# others' numbers in one shot; two shots read less, and meet a second time, which takes as long as reading so many bytes.
+_SECOND_MEETING_BYTES: Final = 2**20
+# For more ranks than two: two shots take 0.83 of NCCL's time there, and as long at 64 MiB.
+_MAX_PEER_BYTES_OF_MANY: Final = 2**24
 _ALIGNMENT: Final = 512
 
 
 def peer_bytes(area_bytes: int, draw_bytes: int) -> int:
     """Of a rank's memory that others read: the areas, two slots of the same size, and what lies behind them for draws."""
     return (NUM_AREAS + 2) * area_bytes + draw_bytes
+
+
+def is_for_one_shot(num_bytes: int, *, num_ranks: int) -> bool:
+    """Whether a sum of so many bytes is quicker if each rank reads all numbers of all others, instead of a share of them and then sums."""
+    num_read, num_read_in_two = num_ranks - 1, 2 * (num_ranks - 1) / num_ranks
+    return num_bytes * (num_read - num_read_in_two) <= _SECOND_MEETING_BYTES
 
 
 class CudaCollective(GlooCollective):
@@ -88,7 +94,7 @@ class CudaCollective(GlooCollective):
             all_reduce(self.peers, piece, area=area, slot_bytes=self._area_bytes, in_two_shots=not self._is_for_one_shot(piece))
 
     def _is_for_one_shot(self, tensor: Tensor) -> bool:
-        return self.size == 2 or tensor.nbytes <= _MAX_ONE_SHOT_BYTES_OF_MANY
+        return is_for_one_shot(tensor.nbytes, num_ranks=self.size)
 
     def _is_for_nccl(self, tensor: Tensor) -> bool:
         return self._has_nccl and tensor.nbytes > _MAX_PEER_BYTES_OF_MANY

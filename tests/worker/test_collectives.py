@@ -14,6 +14,7 @@ from thread_ranks import run_ranks
 from quire.common.errors import Unavailable
 from quire.worker import collectives
 from quire.worker.collectives import Collective, all_agree, connect
+from quire.worker.collectives_cuda import is_for_one_shot
 from quire.worker.collectives_shared_memory import SharedMemoryCollective
 
 SLOT_BYTES = 64  # so that tensors of a test take many rounds
@@ -139,3 +140,10 @@ def test_ranks_of_different_machines_take_gloo(tmp_path: Path, monkeypatch: pyte
     connect(rendezvous_path=tmp_path / "meet", rank=0, size=2)
     assert taken == [{"rank": 0, "size": 2, "timeout_s": collectives.WAIT_TIMEOUT_S}]
     assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.parametrize(("num_ranks", "most_bytes"), [(3, 1_572_864), (4, 699_050), (8, 199_728)])
+def test_more_ranks_turn_to_two_shots_sooner_and_two_never(num_ranks: int, most_bytes: int) -> None:
+    assert is_for_one_shot(most_bytes, num_ranks=num_ranks)
+    assert not is_for_one_shot(most_bytes + 1, num_ranks=num_ranks)
+    assert is_for_one_shot(2**40, num_ranks=2)
