@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.write_runs import write_runs
+from quire.worker.host_link import send
 
 _WORD_BYTES = 8
 
@@ -63,13 +64,13 @@ class BatchMemory:
         table[:, 0] = self._targets
         table[:, 1] = counts.cumsum() - counts
         table[:, 2] = counts
-        # torch's pinned memory is given out again only when the copy from it has ended.
         # The payload begins at a multiple of 16 bytes: for others Triton would compile a second kernel.
         gap = np.zeros(table.size % 2, dtype=np.int64)
         first = table.size + gap.size
         message = torch.empty(first + int(counts.sum()), dtype=torch.int64, pin_memory=True)
         np.concatenate((table.ravel(), gap, *self._runs), out=message.numpy())
-        sent = message.to(self._words.device, non_blocking=True)
+        sent = torch.empty_like(message, device=self._words.device)
+        send(message, sent)
         write_runs(self._words, sent[: table.size].view(-1, 3), sent[first:], max_count=int(counts.max()))
         self._targets.clear()
         self._runs.clear()

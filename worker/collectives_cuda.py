@@ -16,11 +16,12 @@ from quire.worker.peer_memory import PeerMemory
 # Where partial sums lie: those of the embedding, of attention and of the MLP, so that none is written while it may be read.
 NUM_AREAS: Final = 3
 # Measured by tools/gpu/all_reduce.py on two NVIDIA H200, 2026-11-30; docs/kernel_notes.md has the rows. Two ranks need neither NCCL, of
-# whose time one shot takes 0.34-0.93 from 4 KiB to 64 MiB, nor two shots, which read as much as one. Of more ranks each would read all
+# whose time one shot takes 0.33-0.92 from 4 KiB to 64 MiB, nor two shots, which read as much as one. Of more ranks each would read all
 # others' numbers in one shot; two shots read less, and meet a second time, which takes as long as reading so many bytes.
 _SECOND_MEETING_BYTES: Final = 2**20
-# For more ranks than two: two shots take 0.83 of NCCL's time there, and as long at 64 MiB.
-_MAX_PEER_BYTES_OF_MANY: Final = 2**24
+# For more ranks than two: two shots take 0.83 of NCCL's time there, and as long at 64 MiB. Gathering was measured up to 1 MiB (0.37).
+_MAX_SUM_BYTES_OF_MANY: Final = 2**24
+_MAX_GATHERED_BYTES_OF_MANY: Final = 2**22
 _ALIGNMENT: Final = 512
 
 
@@ -71,7 +72,7 @@ class CudaCollective(GlooCollective):
             return super().all_gather(part)
         part = part.contiguous()
         gathered = torch.empty((self.size, *part.shape), dtype=part.dtype, device=part.device)
-        if self._is_for_nccl(part):
+        if self._is_for_nccl(part, is_gathered=True):
             dist.all_gather_into_tensor(gathered.view(-1), part.view(-1))
         elif part.nbytes <= self._area_bytes:
             all_gather(self.peers, part, gathered, area=NUM_AREAS * self._area_bytes, slot_bytes=self._area_bytes)
@@ -96,8 +97,8 @@ class CudaCollective(GlooCollective):
     def _is_for_one_shot(self, tensor: Tensor) -> bool:
         return is_for_one_shot(tensor.nbytes, num_ranks=self.size)
 
-    def _is_for_nccl(self, tensor: Tensor) -> bool:
-        return self._has_nccl and tensor.nbytes > _MAX_PEER_BYTES_OF_MANY
+    def _is_for_nccl(self, tensor: Tensor, *, is_gathered: bool = False) -> bool:
+        return self._has_nccl and tensor.nbytes > (_MAX_GATHERED_BYTES_OF_MANY if is_gathered else _MAX_SUM_BYTES_OF_MANY)
 
     def close(self) -> None:
         if self._has_nccl:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.common.errors import InternalError
+from quire.worker import host_link
 from quire.worker.host_memory import available_memory_bytes
 from quire.worker.kv_cache import KvCache
 
@@ -86,6 +87,7 @@ class CudaSwapPool:
         Blocks of both pools hold leftovers afterwards.
         """
         assert not self._running, f"{len(self._running)} copies are under way"
+        host_link.touch(self._device_blocks.device)  # what steps exchange with the host meanwhile is a kernel's
         block_bytes = self._device_blocks[:1].nbytes
         count = min(self.num_blocks, len(self._device_blocks), max(1, _MEASURED_BYTES // block_bytes))
         if count == 0:
@@ -108,6 +110,7 @@ class CudaSwapPool:
             return
         self._check(copies)
         stream.wait_stream(torch.cuda.current_stream(self._device_blocks.device))
+        last: torch.cuda.Event | None = None
         with torch.cuda.stream(stream):
             for copy_ids, first_device, first_cpu in _neighbours(copies, slab_blocks=self._slab_blocks):
                 on_device = self._device_blocks[first_device : first_device + len(copy_ids)]
@@ -123,6 +126,9 @@ class CudaSwapPool:
                     self._failed += copy_ids
                 else:
                     self._running.update(dict.fromkeys(copy_ids, event))
+                    last = event
+        if last is not None:
+            host_link.note_blocks(last)
 
     def _check(self, copies: Sequence[tuple[int, int, int]]) -> None:
         new: set[int] = set()

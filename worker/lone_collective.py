@@ -34,7 +34,7 @@ class LoneCollective(CudaCollective):
             super().all_reduce(tensor)
 
     def all_gather(self, part: Tensor) -> Tensor:
-        if not self._is_for_nccl(part):
+        if not self._is_for_nccl(part, is_gathered=True):
             return super().all_gather(part)
         return torch.zeros((self.size, *part.shape), dtype=part.dtype, device=part.device)
 

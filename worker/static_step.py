@@ -12,6 +12,7 @@ from quire.kernels.attention_tiles import PrefillTile
 from quire.kernels.paged_prefill import PrefillChunk, cut_prefill
 from quire.kernels.prepare_inputs import allocate_step_tokens
 from quire.worker.batch import RowIds
+from quire.worker.host_link import send
 
 _SPAN = 4  # words of a span of prepare_inputs, and of a piece of paged_prefill
 
@@ -176,7 +177,6 @@ class StaticStep:
         if not self._words.is_cuda:
             self._words.copy_(torch.from_numpy(self._host))
             return
-        # torch's pinned memory is given out again only when the copy from it has ended.
         message = torch.empty(end, dtype=torch.int32, pin_memory=True)
         message.numpy()[:] = self._host[:end]
-        self._words[:end].copy_(message, non_blocking=True)
+        send(message, self._words[:end])

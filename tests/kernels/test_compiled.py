@@ -17,7 +17,8 @@ from quire.kernels.all_reduce import MAX_PROGRAMS, Peers, all_gather, all_reduce
 from quire.kernels.attention_tiles import prefill_tile
 from quire.kernels.copy_blocks import copy_blocks
 from quire.kernels.decode_plan import allocate_decode_plan, plan_decode
-from quire.kernels.linear_tiles import LinearTile, head_tile, row_tile
+from quire.kernels.linear_tiles import LinearTile, few_rows_tile, head_tile, row_tile
+from quire.kernels.mapped_copy import mapped_copy
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
 from quire.kernels.prepare_inputs import allocate_step_tokens, append_tokens, prepare_inputs
@@ -115,6 +116,24 @@ def test_weights_as_the_left_factor_go_to_warpgroup_products_as_they_come(num_ro
     assert kernel.count("LDGSTS", "UTMALDG") > 0
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns", "num_inputs"),
+    [*((num_rows, *shape) for num_rows in (16, 32) for shape in ((5120, 8192), (8192, 4096), (8192, 14336))), (64, 8192, 14336)],
+)
+def test_few_rows_with_weights_left_fit_a_multiprocessor(num_rows: int, num_columns: int, num_inputs: int) -> None:
+    tile = few_rows_tile(num_rows=num_rows, num_columns=num_columns, num_inputs=num_inputs)
+    assert tile is not None
+    weight = zeros(num_columns, num_inputs)
+    (kernel,) = compiled(lambda: skinny_linear(zeros(num_rows, num_inputs), weight, tile=tile))
+    assert kernel.stack_bytes == 0
+    # 70 at most by both Tritons; a multiprocessor's shared memory holds one program of 128 threads, so that registers are no limit.
+    assert kernel.num_registers <= 96
+    assert kernel.count("HGMMA") > 0
+    assert kernel.count("HMMA", "LDSM") == 0, "nothing goes through registers"
+    assert kernel.count("LDGSTS", "UTMALDG") > 0
+    assert kernel.shared_bytes <= 227 * 1024
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_inputs", [1024, 2048, 3072, 4096, 14336])
 def test_products_of_a_row_spill_nothing_with_all_that_they_take_in(num_inputs: int, dtype: torch.dtype) -> None:
@@ -181,6 +200,7 @@ def small_launches() -> dict[str, Callable[[], object]]:
         "rms_norm": lambda: rms_norm(zeros(4, 4096), zeros(4096), eps=1e-5, residual=zeros(4, 4096)),
         "rms_norm of 5120": lambda: rms_norm(zeros(4, 5120), zeros(5120), eps=1e-5, residual=zeros(4, 5120)),
         "silu_mul": lambda: silu_mul(zeros(4, 2 * 14336)),
+        "mapped_copy": lambda: mapped_copy(integers(4, 256), integers(4, 256)),
         "copy_blocks": lambda: copy_blocks(zeros(4, 32, 2, 8, 16, 128), integers(3), integers(3)),
         "prepare_inputs": lambda: prepare_inputs(step, integers(4, 4096), integers(4), integers(4, 256), spans, block_size=16, max_count=1),
         "append_tokens": lambda: append_tokens(integers(4, 4096), integers(4), integers(4), integers(4)),

@@ -5,7 +5,7 @@ import torch
 from paged_cases import kernel_device
 from torch import Tensor
 
-from quire.kernels.linear_tiles import LinearTile
+from quire.kernels.linear_tiles import LinearTile, few_rows_tile
 from quire.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 
 TILES = {
@@ -83,6 +83,18 @@ def test_a_float16_row_is_normed_whatever_the_size_of_its_numbers(size: float, n
     expected = skinny_linear_reference(row.float(), weight.float(), norm=norm.float(), eps=1e-9, residual=None, is_gated=is_gated)
     actual = skinny_linear(row, weight, tile=TILES["multiplied"], norm=norm, eps=1e-9, is_gated=is_gated)
     torch.testing.assert_close(actual.float(), expected, atol=2e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "num_inputs", "most_rows"),
+    [(5120, 8192, 32), (8192, 4096, 32), (8192, 14336, 64), (28672, 8192, 1), (4096, 8192, 1), (8192, 5120, 1)],
+)
+def test_few_rows_have_a_tile_where_it_was_measured(num_columns: int, num_inputs: int, most_rows: int) -> None:
+    """A single row has a tile of its own kind, and shapes that are not in the table none."""
+    shape = {"num_columns": num_columns, "num_inputs": num_inputs}
+    tiles = {num_rows: few_rows_tile(num_rows=num_rows, **shape) for num_rows in (0, 1, 2, 8, 31, 32, 33, 63, 64, 65, 128, 8192)}
+    assert {num_rows for num_rows, tile in tiles.items() if tile is not None} == {rows for rows in tiles if 2 <= rows <= most_rows}
+    assert all(tile.has_weights_left and num_inputs % tile.num_inputs == 0 for tile in tiles.values() if tile is not None)
 
 
 @pytest.mark.gpu

@@ -18,9 +18,11 @@ from tiny_models import save_tiny_model
 from quire.common.errors import ConfigError, InternalError
 from quire.common.messages import Chunk, RowAdd, SamplingState, StepPlan
 from quire.common.model_folder import ModelFolder, read_model_folder
-from quire.worker import cuda_swap_pool, rank_process
+from quire.worker import cuda_swap_pool, host_link, rank_process
 from quire.worker.cuda_swap_pool import CudaSwapPool
+from quire.worker.device_tensor import device_tensor
 from quire.worker.gpu_memory import MARGIN_BYTES
+from quire.worker.host_copy import HostCopy
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.load_model import DTYPES
 from quire.worker.models.self_check import check_model
@@ -312,6 +314,38 @@ def test_a_copy_is_named_once_it_has_ended_and_nobody_is_kept_waiting() -> None:
     for copy in ((3, 24, 0), (3, 0, 4)):
         with pytest.raises(InternalError, match="copy 3 is between"):
             pool.start_out([copy])
+
+
+def test_what_a_step_exchanges_with_the_host_does_not_wait_for_blocks_on_their_way() -> None:
+    """The blocks take 11 ms each way, which a copy engine would have behind it before anything that is asked for later."""
+    kv_cache = KvCache(num_blocks=64, num_layers=32, num_kv_heads=8, block_size=64, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    pool = CudaSwapPool(kv_cache, num_blocks=128)
+    host_link.touch(torch.device("cuda"))
+    sent, fetched = device_tensor(range(5000), device="cuda"), HostCopy(torch.arange(77, device="cuda"))  # memory of these sizes is pinned
+    torch.cuda.synchronize()
+    pool.start_in([(index, index, index) for index in range(64)])
+    pool.start_out([(64 + index, index, 64 + index) for index in range(64)])
+    sent = device_tensor(range(5000), device="cuda")
+    fetched = HostCopy(sent[100:200])
+    torch.cuda.current_stream().synchronize()
+    done, failed = pool.take_ended()
+    assert fetched.tolist() == list(range(100, 200))
+    assert failed == ()
+    assert 63 not in done, "the last block in"
+    assert 127 not in done, "the last block out"
+    pool.clear()
+
+
+def test_pinned_memory_is_not_given_out_again_before_a_kernel_has_read_it() -> None:
+    pool = CudaSwapPool(kv_cache_of(), num_blocks=4)
+    host_link.touch(torch.device("cuda"))
+    torch.cuda._sleep(200_000_000)  # a tenth of a second on the stream that computes, behind which the block leaves
+    pool.start_out([(1, 0, 0)])
+    sent = [device_tensor([number] * 1000, device="cuda") for number in range(20)]
+    fetched = [HostCopy(tensor) for tensor in sent]
+    assert pool.take_ended() == ((), ()), "until here kernels were asked, and none has run"
+    torch.cuda.current_stream().synchronize()
+    assert [copy.tolist() for copy in fetched] == [[number] * 1000 for number in range(20)]
 
 
 def test_a_copy_out_reads_what_was_computed_before_it() -> None:

@@ -18,8 +18,9 @@ from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from quire.common.errors import ConfigError
-from quire.common.messages import Chunk, SamplingState
+from quire.common.messages import Chunk, SamplingState, StepPlan
 from quire.common.model_folder import read_model_folder
+from quire.kernels.linear_tiles import LinearTile
 from quire.worker.collectives import Collective
 from quire.worker.kv_cache import KvCache
 from quire.worker.models import llama, packed_weight
@@ -213,6 +214,35 @@ def test_products_of_many_rows_that_add_to_the_residual_stream_give_the_same(fol
     prompts = prompts_of(40, 3, 17)
     runner = runner_of(load_llama_model(read_model_folder(folder), dtype="float32", device="cpu"))
     assert PlanDriver(runner).generate(prompts, num_tokens=NUM_TOKENS, chunk=64) == continued(folder, prompts)
+
+
+def test_products_of_few_rows_that_have_a_tile_give_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU: qkv without a bias, attention's output and the MLP's down, padded rows counted; never the gates."""
+    asked: set[tuple[int, int, int]] = set()
+
+    def few_rows_tile(*, num_rows: int, num_columns: int, num_inputs: int) -> LinearTile | None:
+        asked.add((num_rows, num_columns, num_inputs))
+        return LinearTile(16, 32, 2, 3, has_weights_left=True) if num_rows <= 8 else None
+
+    monkeypatch.setattr(llama, "few_rows_tile", few_rows_tile)
+    prompts = prompts_of(40, 3, 17)
+    model = load_llama_model(read_model_folder(folder), dtype="float32", device="cpu")
+    model._has_few_rows_tiles = True
+    assert PlanDriver(runner_of(model)).generate(prompts, num_tokens=NUM_TOKENS, chunk=64) == continued(folder, prompts)
+    layer = model.weights.layers[0]
+    weights = (layer.output, layer.down) if model.config.has_qkv_bias else (layer.qkv, layer.output, layer.down)
+    assert {(num_columns, num_inputs) for _, num_columns, num_inputs in asked} == {tuple(weight.shape) for weight in weights}
+    assert {num_rows for num_rows, *_ in asked} == {4, 10, 64}, "three rows decode as four; a step of prompts ends in ten"
+
+
+def test_a_draw_that_is_read_too_late_is_refused(folder: Path) -> None:
+    """Its buffer serves another by then."""
+    driver = PlanDriver(runner_of(load_llama_model(read_model_folder(folder), dtype="float32", device="cpu")))
+    driver.step(add_rows=(driver.add(0, [1, 2, 3], room=NUM_TOKENS),), chunks=(Chunk(0, 0, 3, True),), samples=((0, 0),))
+    launched = [driver.runner.launch(StepPlan(1, step)) for step in range(1, 6)]
+    with pytest.raises(AssertionError, match="4 steps were launched before"):
+        launched[0].finish()
+    assert [len(step.finish()[0].token_ids) for step in launched[1:]] == [1] * 4
 
 
 def test_weights_on_a_cpu_are_laid_out_for_it_and_held_once(folder: Path) -> None:

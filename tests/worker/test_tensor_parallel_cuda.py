@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quire.common.messages import SamplingState
 from quire.common.model_folder import ModelFolder, read_model_folder
+from quire.kernels.linear_tiles import few_rows_tile
 from quire.worker.kv_cache import KvCache
 from quire.worker.models.load_model import load_model
 from quire.worker.runner import Runner
@@ -158,6 +159,44 @@ def test_a_billion_parameters_draw_what_they_draw_on_cpu(tmp_path: Path) -> None
     assert ranks[0] == ranks[1]
     logits = torch.tensor(ranks[0]["logits"])
     assert float((logits - exact_logits).abs().max()) < MAX_BF16_ERROR_RATIO * float((rounded_logits - exact_logits).abs().max())
+
+
+def test_layers_of_seventy_billion_parameters_compute_few_rows_right(tmp_path: Path) -> None:
+    """Two layers of Llama 3 70B's widths, whose ranks take our kernel for few rows: prompts of up to 64 rows a step, and decodes of 8.
+
+    Rounded logits may draw another token than exact ones, but none whose exact logit is lower by more than their two errors. Of two
+    layers, since behind the last one's attention a step goes on with the rows that it samples alone.
+    """
+    config = AutoConfig.for_model(
+        "llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=2, num_attention_heads=64, num_key_value_heads=8,
+        head_dim=128, vocab_size=4096, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    assert torch.cuda.get_device_capability()[0] == 9, "the tile is for Hopper"
+    for num_columns, num_inputs in ((5120, 8192), (8192, 4096), (8192, 14336)):
+        assert few_rows_tile(num_rows=32, num_columns=num_columns, num_inputs=num_inputs) is not None
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_MODEL / name, tmp_path / "model" / name)
+    chance = random.Random(0)
+    prompts = [[chance.randrange(4096) for _ in range(length)] for length in (14, 3, 30, 7, 20, 50, 5, 17)]
+    ranks = on_two_gpus(tmp_path / "model", tmp_path, dtype="bfloat16", prompts=prompts, runs=[run(stagger=1)], logits_of=prompts[2])
+    assert ranks[0] == ranks[1]
+    exact = model.float()
+
+    def exact_logits(token_ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = exact(torch.tensor([token_ids], device="cuda")).logits[0].cpu()
+        return logits
+
+    expected = exact_logits(prompts[2])[-1]
+    assert float((torch.tensor(ranks[0]["logits"]) - expected).abs().max() / expected.abs().max()) < MAX_BF16_ERROR
+    for prompt, drawn in zip(prompts, ranks[0]["drawn"][0], strict=True):
+        logits = exact_logits(prompt + drawn[:-1])[len(prompt) - 1 :]
+        lower = logits.amax(1) - logits.gather(1, torch.tensor(drawn)[:, None])[:, 0]
+        assert float((lower / logits.abs().amax(1)).max()) < 2 * MAX_BF16_ERROR
 
 
 def test_bfloat16_logits_are_those_of_transformers_up_to_rounding(tmp_path: Path) -> None:

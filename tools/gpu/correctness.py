@@ -40,7 +40,17 @@ _PARTS: dict[str, list[str]] = {
     ],
     "kernels": [
         f"tests/kernels/test_{name}.py"
-        for name in ("copy_blocks", "prepare_inputs", "rms_norm", "rotary_store", "silu_mul", "store_kv", "skinny_linear", "write_runs")
+        for name in (
+            "copy_blocks",
+            "mapped_copy",
+            "prepare_inputs",
+            "rms_norm",
+            "rotary_store",
+            "silu_mul",
+            "store_kv",
+            "skinny_linear",
+            "write_runs",
+        )
     ],
     "sampling": ["tests/kernels/test_sample.py", "tests/kernels/test_penalties.py", "tests/kernels/test_logprobs.py"],
     "stories": ["tests/worker/test_stories.py", "-m", "gpu"],

@@ -3,7 +3,7 @@
 #
 #   PYTHONPATH=src:tests/support:SITE bash tools/gpu/everything.sh OUT PART...
 #
-# Parts, in this order on a fresh machine (minutes on two H200 and 32 cores): start (1), load (3), rows2 (4), tests2 (5), rows1 (4), rest (5).
+# Parts, in this order on a fresh machine (minutes on two H200 and 32 cores): start (1), load (3), rows2 (4), tests2 (5), rows1 (4), rest (3).
 # rows1 and rest use each GPU for work of its own. SITE holds what such a machine lacks: Ray, pyzmq, msgspec, gRPC's add-ons.
 set -u
 
@@ -46,25 +46,27 @@ tests2() {
 }
 
 rows1() {
-    other 100 python3 -P tools/gpu/load.py --out "$OUT/weights.json" 2>&1 | tail -4 &
+    (
+        other 100 python3 -P tools/gpu/load.py --out "$OUT/weights.json" 2>&1 | tail -4
+        other 400 python3 -P tools/gpu/swap.py --out "$OUT/swap.json" --models llama-13b --logs "$OUT/logs" 2>&1 | tail -5
+    ) &
     one 330 python3 -P tools/gpu/table.py --out "$OUT/table.json" 2>&1 | tail -40
     wait
 }
 
 rest() {
     (
-        other 60 $(engine --model-config llama-8b --workload gaps --log-folder "$OUT/gaps") 2>&1 | tail -4
         other 300 python3 -P tools/gpu/correctness.py --out "$OUT/correctness.json" >"$OUT/correctness.txt" 2>&1
         mark "correctness $?"
         tail -c 1500 "$OUT/correctness.txt"
         other 120 $QUIRE bench kernels >"$OUT/kernels.txt" 2>&1
         grep paged "$OUT/kernels.txt"
-        other 200 python3 -P tools/gpu/swap.py --out "$OUT/swap_small.json" --models qwen3-0.6b --logs "$OUT/logs" 2>&1 | tail -5
     ) &
-    one 400 python3 -P tools/gpu/swap.py --out "$OUT/swap.json" --models llama-13b --logs "$OUT/logs" 2>&1 | tail -5
+    one 60 $(engine --model-config llama-8b --workload gaps --log-folder "$OUT/gaps") 2>&1 | tail -4
     one 150 compute-sanitizer --tool memcheck --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         $PYTEST tests/kernels -m kernel >"$OUT/memcheck.txt" 2>&1
     tail -2 "$OUT/memcheck.txt"
+    one 200 python3 -P tools/gpu/swap.py --out "$OUT/swap_small.json" --models qwen3-0.6b --logs "$OUT/logs" 2>&1 | tail -5
     wait
     tar -C "$OUT" -czf "$OUT/logs.tar.gz" logs gaps && rm -r "${OUT:?}/logs" "${OUT:?}/gaps"
 }

@@ -1,6 +1,6 @@
 """Linear layers of few rows on a bare GPU machine: each tile beside torch's product, then whole layers.
 
-    python -P tools/gpu/linear.py --out FILE [--models llama-8b,qwen3-0.6b] [--rows 1,2,4,8,16,32,64]
+    python -P tools/gpu/linear.py --out FILE [--models llama-8b,qwen3-0.6b] [--rows 1,2,4,8,16,32,64] [--tiles 64x128x4x6]
 
 Shares are of the bandwidth at which the same run reads memory. Every product is first compared with a float32 reference.
 """
@@ -216,14 +216,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
     parser.add_argument("--models", default=",".join(MODELS), help=f"by comma, of {', '.join(SHAPES)}")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="by comma")
+    parser.add_argument("--tiles", default="", help="columns x inputs x warps x stages, by comma, with weights left; else all")
     arguments = parser.parse_args()
+    left = [LinearTile(*map(int, tile.split("x")), has_weights_left=True) for tile in arguments.tiles.split(",") if tile]
+    tiles = left or TILES
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "triton": triton.__version__}
     report["read_bytes_per_s"] = bandwidth = read_bandwidth()
     print(report, flush=True)
     models, all_rows = arguments.models.split(","), [int(count) for count in arguments.rows.split(",")]
     cases = [(model, shape, num_rows) for model in models for shape in SHAPES[model] for num_rows in all_rows]
     jobs: dict[tuple[Any, ...], Job] = {}
-    for (_, (_, kind, columns, inputs), num_rows), tile in product(cases, TILES):
+    for (_, (_, kind, columns, inputs), num_rows), tile in product(cases, tiles):
         if suits(tile, num_rows, inputs, columns):
             padded_rows = max(16, num_rows) if tile.uses_tensor_cores else 1
             jobs[kind, inputs, padded_rows, tile] = kind, inputs, num_rows, tile
@@ -240,7 +243,7 @@ def main() -> None:
         floor_us = case.weights[0].nbytes / bandwidth * 1e6
         torch_us = graph_us(lambda index: F.linear(case.inputs, case.weights[index]), len(case.weights))  # noqa: B023
         found: list[tuple[float, LinearTile]] = []
-        for tile in TILES:
+        for tile in tiles:
             if not suits(tile, num_rows, inputs, columns):
                 continue
             try:

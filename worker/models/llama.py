@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quire.common.errors import ConfigError
 from quire.common.model_folder import ModelFolder, read_config
-from quire.kernels.linear_tiles import head_tile, row_tile
+from quire.kernels.linear_tiles import LinearTile, few_rows_tile, head_tile, row_tile
 from quire.kernels.paged_attention import paged_attention
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rotary_store import rotary_store, rotary_table
@@ -184,6 +184,8 @@ class LlamaModel:
         self._peers = collective if isinstance(collective, CudaCollective) else None
         # Our own products of few rows are for GPUs and the 16-bit types of tensor cores.
         self._has_kernels = weights.embedding.is_cuda and weights.embedding.dtype.itemsize == 2
+        # Tiles of few rows are for Hopper: others lack its warpgroup products, and many the 192 KiB of shared memory that 64 rows take.
+        self._has_few_rows_tiles = self._has_kernels and torch.cuda.get_device_capability(weights.embedding.device)[0] == 9
         widths = (share.config.hidden_size, share.num_heads * share.config.head_dim, weights.layers[0].down.shape[1])
         has_tiles = all(row_tile(num_inputs=width) is not None for width in widths)
         is_on_gpus = collective is None or self._peers is not None
@@ -284,11 +286,7 @@ class LlamaModel:
     def part_of_logits(self, hidden: Tensor, *, output: Tensor | None = None) -> Tensor:
         """Those of this rank's part of the vocabulary: [n, part's tokens], in `output` if given."""
         tile = head_tile(num_rows=len(hidden), num_inputs=self.config.hidden_size) if self._has_kernels else None
-        if tile is None and output is None:
-            return self.weights.product(hidden, self.weights.head)
-        if tile is None:
-            return torch.mm(hidden, self.weights.head.t(), out=output)
-        return skinny_linear(hidden, self.weights.head, tile=tile, output=output)
+        return self._tiled_product(hidden, self.weights.head, tile, output=output)
 
     def gather_logits(self, part: Tensor) -> Tensor:
         """All ranks' parts side by side; of a single rank its own."""
@@ -371,11 +369,11 @@ class LlamaModel:
             residual.addmm_(inputs, weight.t())
             return rms_norm(residual, norm, eps=eps, output=output)
         if self._peers is None:
-            product = self.weights.product(inputs, weight)
+            product = self._product(inputs, weight)
             if self._collective is not None:
                 self._collective.all_reduce(product)
             return rms_norm(product, norm, eps=eps, residual=residual, output=output)
-        torch.mm(inputs, weight.t(), out=self._peers.partial(area, len(inputs), len(weight), inputs.dtype))
+        self._product(inputs, weight, output=self._peers.partial(area, len(inputs), len(weight), inputs.dtype))
         normed = torch.empty_like(residual) if output is None else output
         self._peers.sum_norm(area, norm, residual=residual, eps=eps, output=normed)
         return normed
@@ -383,7 +381,7 @@ class LlamaModel:
     def _padded_product(self, rows: Tensor, weight: Tensor, bias: Tensor | None, *, num_rows: int | None) -> Tensor:
         """A linear layer; with num_rows zeros behind its rows, up to so many."""
         if num_rows is None or num_rows <= len(rows):
-            return self.weights.product(rows, weight, bias)
+            return self._product(rows, weight) if bias is None else self.weights.product(rows, weight, bias)
         product = torch.empty((num_rows, len(weight)), dtype=rows.dtype, device=rows.device)
         product[len(rows) :] = 0
         if bias is None:
@@ -391,6 +389,20 @@ class LlamaModel:
         else:
             torch.addmm(bias, rows, weight.t(), out=product[: len(rows)])
         return product
+
+    def _product(self, rows: Tensor, weight: Tensor, *, output: Tensor | None = None) -> Tensor:
+        """A linear layer without bias of a layer's tokens, in `output` if given."""
+        has_tiles = self._has_few_rows_tiles
+        tile = few_rows_tile(num_rows=len(rows), num_columns=len(weight), num_inputs=rows.shape[1]) if has_tiles else None
+        return self._tiled_product(rows, weight, tile, output=output)
+
+    def _tiled_product(self, rows: Tensor, weight: Tensor, tile: LinearTile | None, *, output: Tensor | None) -> Tensor:
+        """By our own kernel if there is a tile for it."""
+        if tile is not None:
+            return skinny_linear(rows, weight, tile=tile, output=output)
+        if output is None:
+            return self.weights.product(rows, weight)
+        return torch.mm(rows, weight.t(), out=output)
 
 
 def rope_frequencies(config: LlamaConfig, *, device: torch.device) -> Tensor:
