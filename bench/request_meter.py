@@ -17,6 +17,7 @@ class RequestRecord:
     tpot_s: float | None  # mean time per token after the first message's; None if all came with it
     total_s: float
     error: str | None
+    num_cached_tokens: int = 0  # of the prompt, which the server had computed before
     gaps_s: tuple[float, ...] = ()  # ITL: between messages with tokens, over all sequences
 
     @property
@@ -62,6 +63,7 @@ class RequestMeter:
             tpot_s=(self._last_s - self._first_s) / num_later if self._first_s is not None and num_later else None,
             total_s=now_s - self._start_s,
             error=error,
+            num_cached_tokens=self._usage.num_cached_tokens if self._usage else 0,
             gaps_s=tuple(self._gaps_s),
         )
 

@@ -82,6 +82,7 @@ async def _send(
         temperature=spec.temperature,
         ignore_eos=request.ignore_eos,
         seed=request.number,
+        cache_salt=spec.cache_salt,
     )
     record = await measure_stream(stream, start_s=now_s if arrival_s is None else arrival_s)
     return SentRequest(request.number, record, 0.0 if arrival_s is None else now_s - arrival_s, monotonic() - load_start_s)

@@ -8,6 +8,7 @@ that does not wait for it.
 import argparse
 import asyncio
 import json
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -40,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="most tokens of each (default 64); azure's come from the trace")
     parser.add_argument("--prompt-file", type=Path, help="a prompt per line")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="random prompts of N token ids each, all of --max-tokens tokens")
+    parser.add_argument(
+        "--cache-salt",
+        help="share cached prompts only with requests of this salt (default: of all; random prompts get one of their own each time)",
+    )
     parser.add_argument("--model", help="model to ask; the server's default when not given")
     parser.add_argument("--temperature", type=float, help="the model's default when not given")
     parser.add_argument("--ignore-eos", action="store_true", default=None, help="make every request --max-tokens long")
@@ -121,6 +126,8 @@ async def _make_spec(args: argparse.Namespace, prompts: Sequence[str]) -> LoadSp
         prompts=tuple(prompts),
         prompt_tokens=args.prompt_tokens,
         max_tokens=args.max_tokens or 64,
+        # Random prompts are the same each time, and would be found in the cache by the second load on a server.
+        cache_salt=args.cache_salt if prompts or args.cache_salt is not None else secrets.token_hex(8),
         temperature=args.temperature,
         ignore_eos=args.ignore_eos,
         vocab_size=model.vocab_size,

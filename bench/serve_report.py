@@ -45,6 +45,15 @@ class LoadReport:
         return sum(record.error is None and self._is_good(record) for record in self.records)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Of requests of which the server said so."""
+        return sum(record.num_prompt_tokens or 0 for record in self.records)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(record.num_cached_tokens for record in self.records)
+
+    @property
     def tokens_per_s(self) -> float:
         return sum(record.num_tokens for record in self.records) / self.wall_s
 
@@ -108,6 +117,8 @@ def report_as_json(report: LoadReport) -> dict[str, Any]:
         "num_failed": report.num_failed,
         "requests_per_s": report.requests_per_s,
         "output_tokens_per_s": report.tokens_per_s,
+        "num_prompt_tokens": report.num_prompt_tokens,
+        "num_cached_tokens": report.num_cached_tokens,
         **goodput,
         **report.spreads(),
         "arrivals_s": list(report.arrivals_s),
@@ -129,7 +140,8 @@ def report_as_text(report: LoadReport, *, each: bool) -> str:
     num_tokens = sum(record.num_tokens for record in report.records)
     parts.append(
         f"{len(report.records)} requests, {report.load}: {num_tokens} tokens in {report.wall_s:.2f} s, "
-        f"{report.tokens_per_s:.1f} tokens/s, {report.requests_per_s:.2f} requests/s, {report.num_failed} failed"
+        f"{report.tokens_per_s:.1f} tokens/s, {report.requests_per_s:.2f} requests/s, {report.num_failed} failed; "
+        f"{report.num_cached_tokens} of {report.num_prompt_tokens} prompt tokens were cached"
     )
     if report.objectives_s:
         kept = ", ".join(f"{name} within {most_s * 1e3:g} ms" for name, most_s in report.objectives_s.items())

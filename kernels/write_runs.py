@@ -12,6 +12,8 @@ _WORDS = 1024  # of one program
 def write_runs(words: Tensor, runs: Tensor, payload: Tensor, *, max_count: int) -> None:
     """Copy consecutive words of the payload to where each run says; runs do not overlap.
 
+    runs and payload may be pinned memory of the host, read from there.
+
     words:     [num_words] int64
     runs:      [num_runs, 3] int64: first word of the target, first word of the payload, number of words
     payload:   [num_payload_words] int64

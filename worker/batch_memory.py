@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.write_runs import write_runs
-from quire.worker.host_link import send
+from quire.worker.host_link import keep
 
 _WORD_BYTES = 8
 
@@ -17,8 +17,8 @@ _WORD_BYTES = 8
 class BatchMemory:
     """Named tensors of 8-byte numbers in one piece of memory.
 
-    On CPU a write is performed at once. On a GPU writes are collected: `flush` sends all of them in one copy from pinned
-    memory and puts them in place with one launch, in the order of the stream. So whoever changes the tensors on the device
+    On CPU a write is performed at once. On a GPU writes are collected: `flush` puts all of them in place with one launch, which
+    reads them from pinned memory, in the order of the stream. So whoever changes the tensors on the device
     flushes first, and so does whoever writes a place a second time.
     """
 
@@ -69,8 +69,7 @@ class BatchMemory:
         first = table.size + gap.size
         message = torch.empty(first + int(counts.sum()), dtype=torch.int64, pin_memory=True)
         np.concatenate((table.ravel(), gap, *self._runs), out=message.numpy())
-        sent = torch.empty_like(message, device=self._words.device)
-        send(message, sent)
-        write_runs(self._words, sent[: table.size].view(-1, 3), sent[first:], max_count=int(counts.max()))
+        write_runs(self._words, message[: table.size].view(-1, 3), message[first:], max_count=int(counts.max()))
+        keep(message)
         self._targets.clear()
         self._runs.clear()

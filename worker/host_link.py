@@ -42,6 +42,14 @@ def fetch(source: Tensor, values: Tensor) -> None:
     _copy(source, values, pinned=values)
 
 
+def keep(pinned: Tensor) -> None:
+    """Keep a pinned tensor until the kernels that were launched so far have run."""
+    _forget_ended()
+    event = torch.cuda.Event()
+    event.record()
+    _in_use.append((event, pinned))
+
+
 def touch(device: torch.device) -> None:
     """Compile and load the kernel, which must not happen when the first blocks are swapped."""
     mapped_copy(*torch.zeros((2, 4), dtype=torch.int32, device=device))
@@ -58,9 +66,7 @@ def _copy(source: Tensor, target: Tensor, *, pinned: Tensor) -> None:
         target.copy_(source, non_blocking=True)  # its launch costs the host a tenth of a Triton kernel's
         return
     mapped_copy(source, target)
-    event = torch.cuda.Event()
-    event.record()
-    _in_use.append((event, pinned))
+    keep(pinned)
 
 
 def _forget_ended() -> None:

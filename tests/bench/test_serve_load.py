@@ -32,6 +32,7 @@ SPEC = LoadSpec(
     prompts=("a", "b"),
     prompt_tokens=None,
     max_tokens=4,
+    cache_salt=None,
     temperature=None,
     ignore_eos=None,
     vocab_size=4096,
@@ -177,6 +178,24 @@ def test_the_command_reports_failures_and_ends_with_one(server: FakeServer) -> N
     assert (report["num_requests"], report["num_failed"], report["num_good"]) == (4, 1, 3)
     assert {"ttft_s", "normalized_s", "total_s", "goodput_requests_per_s"} <= report.keys()
     assert [request["error"] for request in report["requests"]].count("BROKEN: broken") == 1
+
+
+def test_random_prompts_are_found_in_no_cache_unless_that_is_asked_for(server: FakeServer) -> None:
+    salts = []
+    for flags in ((), (), ("--cache-salt", "mine"), ("--cache-salt", "")):
+        server.requests.clear()
+        done = quire("bench", "serve", "--requests", "3", "--prompt-tokens", "5", *flags, address=server.address)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "3 of 9 prompt tokens were cached" in done.stdout
+        received = [request for request in server.requests if isinstance(request, inference_pb2.GenerateRequest)][-3:]
+        salts.append({request.cache_salt for request in received})
+    assert all(len(salt) == 1 for salt in salts)
+    assert salts[0] != salts[1]
+    assert min(map(len, salts[0] | salts[1])) == 16
+    assert salts[2:] == [{"mine"}, {""}]
+    server.requests.clear()
+    quire("bench", "serve", "--requests", "3", address=server.address)
+    assert not any(request.HasField("cache_salt") for request in server.requests if isinstance(request, inference_pb2.GenerateRequest))
 
 
 def test_more_callers_and_processes_than_requests_are_fine(server: FakeServer) -> None:

@@ -16,10 +16,11 @@ def test_runs_of_all_lengths_land_where_they_belong_and_nowhere_else() -> None:
         place += chance.randrange(1, 50)
         targets.append(place)
         place += count
-    payload = torch.arange(1, sum(counts) + 1, device=kernel_device())
+    is_pinned = kernel_device().type == "cuda"
+    payload = torch.arange(1, sum(counts) + 1, pin_memory=is_pinned)
     table = [[target, sum(counts[:index]), count] for index, (target, count) in enumerate(zip(targets, counts, strict=True))]
     chance.shuffle(table)
-    runs = torch.tensor(table, device=kernel_device())
+    runs = torch.tensor(table, pin_memory=is_pinned)
     actual, expected = (torch.full((place + 20,), -5, dtype=torch.int64, device=kernel_device()) for _ in range(2))
     write_runs(actual, runs, payload, max_count=max(counts))
     write_runs_reference(expected, runs, payload)

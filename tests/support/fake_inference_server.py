@@ -135,7 +135,7 @@ class FakeServer(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.C
 
     def ListModels(self, request: inference_pb2.ListModelsRequest, context: grpc.ServicerContext) -> inference_pb2.ListModelsResponse:
         self._record(request, context)
-        return inference_pb2.ListModelsResponse(models=[inference_pb2.Model(name="fake", default=True, max_model_len=64)])
+        return inference_pb2.ListModelsResponse(models=[inference_pb2.Model(name="fake", default=True, max_model_len=64, vocab_size=4096)])
 
     def Tokenize(self, request: inference_pb2.TokenizeRequest, context: grpc.ServicerContext) -> inference_pb2.TokenizeResponse:
         self._record(request, context)

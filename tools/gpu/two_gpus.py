@@ -33,7 +33,7 @@ from quire.bench.engine import model_config_folder
 NUM_STREAMS = 64
 NUM_TOKENS = 600
 # A gateway carries about 40,000 tokens/s and a client process less: neither may be what is measured.
-NUM_GATEWAYS = 4
+NUM_GATEWAYS = 8
 NUM_CLIENTS = 16
 RANK = "quire.worker.rank_process"
 _BENCH_TIMEOUT_S = 200
@@ -140,6 +140,7 @@ def through_the_edge(serve: ServeProcess, rows: list[dict[str, Any]]) -> dict[st
             "itl_p50_ms": 1e3 * served["itl_s"]["p50"],
             "itl_p99_ms": 1e3 * served["itl_s"]["p99"],
             "output_tokens_per_s": served["output_tokens_per_s"],
+            "num_cached_tokens": served["num_cached_tokens"],
         }
         arrivals = {"prompt_tokens": row["prompt_tokens"], "tokens": row["tokens"], "arrivals_s": served["arrivals_s"]}
         result["rows"].append({"engine": row, "edge": edge, "ratio": _ratios(edge, row), "arrivals": arrivals})
