@@ -439,6 +439,8 @@ class SchedulerLink:
     def _on_tokens(self, message: Tokens) -> None:
         position = 0
         logprobs = dict(message.logprobs)
+        begun: dict[SchedulerStream, None] = {}
+        going_on: dict[SchedulerStream, None] = {}
         columns = zip(message.handles, message.sequences, message.first_offsets, message.counts, strict=True)
         for index, (handle, sequence, offset, count) in enumerate(columns):
             token_ids = message.token_ids[position : position + count]
@@ -448,6 +450,9 @@ class SchedulerLink:
                 continue  # it was cancelled, and this crossed the Cancel on the wire
             entries = token_entries(logprobs[index]) if index in logprobs else ()
             stream.receive(sequence=sequence, first_offset=offset, token_ids=token_ids, entries=entries)
+            (begun if offset == 0 else going_on)[stream] = None
+        # Readers run in the order in which they are woken: a first token, which nothing has hidden yet, does not wait for all others.
+        for stream in begun | going_on:
             self._after_news(stream)
 
     def _after_news(self, stream: SchedulerStream) -> None:

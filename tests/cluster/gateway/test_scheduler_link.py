@@ -1,5 +1,6 @@
 """The link to the scheduler by itself: its bounds, and what happens when its own loops break."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from gateway_parts import LIMITS, details_of, refusal, running_gateway, until
 from quire.cluster.gateway.main import GatewayBounds
 from quire.cluster.gateway.scheduler_link import LinkBounds, SchedulerLink, SchedulerStream
 from quire.common.errors import InternalError, Overloaded, Unavailable
-from quire.common.messages import PROTOCOL_VERSION, Cancel, Hello, SamplingState, SequenceStart, Submit, Welcome
+from quire.common.messages import PROTOCOL_VERSION, Cancel, Hello, SamplingState, SequenceStart, Submit, Tokens, Welcome
 from quire.v1.inference_pb2 import GenerateRequest
 
 NEVER_ENDS = Script([5], ends=False)
@@ -201,3 +202,26 @@ async def test_cancels_that_wait_to_leave_outlive_a_session() -> None:
         link.cancel(stream, reason="test")
         link._on_welcome(Welcome(PROTOCOL_VERSION, scheduler.scheduler_id, LIMITS, scheduler.session + 1))
         assert (await scheduler.wait_for(Cancel)).request_id == "a"
+
+
+async def test_a_first_token_is_read_before_the_next_tokens_of_others() -> None:
+    scheduler = FakeScheduler(script=lambda _: Script([], ends=False))
+    async with linked(scheduler) as link:
+        streams = {name: link.submit(submit(name)) for name in ("a", "b", "c")}
+        await until(lambda: all(stream.handle is not None for stream in streams.values()))
+        handles = {name: stream.handle or 0 for name, stream in streams.items()}
+        for name in ("a", "b"):
+            await scheduler.send_tokens(handles[name], offset=0, token_ids=(5,))
+            await until_tokens(streams[name])
+        readers: list[str] = []
+
+        async def read(name: str) -> None:
+            await streams[name].wait_for_news()
+            readers.append(name)
+
+        async with asyncio.TaskGroup() as tasks:
+            for name in streams:
+                tasks.create_task(read(name))
+            await asyncio.sleep(0)
+            await scheduler.send(Tokens(tuple(handles.values()), (0, 0, 0), (1, 1, 0), (1, 1, 1), (6, 6, 5), ()))
+        assert readers == ["c", "a", "b"]
