@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="random prompts of N token ids each, all of --max-tokens tokens")
     parser.add_argument(
         "--cache-salt",
-        help="share cached prompts only with requests of this salt (default: of all; random prompts get one of their own each time)",
+        help="share cached prompts only with requests of this salt; "
+        "when not given, with those that have none, and random prompts get one of their own each time",
     )
     parser.add_argument("--model", help="model to ask; the server's default when not given")
     parser.add_argument("--temperature", type=float, help="the model's default when not given")

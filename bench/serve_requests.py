@@ -24,7 +24,7 @@ class LoadSpec:
     prompts: tuple[str, ...]  # taken in turn; empty: random token ids
     prompt_tokens: int | None  # how many of them, where there are no prompts; None: as many as in the Azure trace
     max_tokens: int
-    cache_salt: str | None  # requests share cached prompts with others of this salt alone
+    cache_salt: str | None  # requests share cached prompts with others of this salt alone; None: with all that have none
     temperature: float | None
     ignore_eos: bool | None
     vocab_size: int

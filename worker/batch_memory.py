@@ -18,8 +18,8 @@ class BatchMemory:
     """Named tensors of 8-byte numbers in one piece of memory.
 
     On CPU a write is performed at once. On a GPU writes are collected: `flush` puts all of them in place with one launch, which
-    reads them from pinned memory, in the order of the stream. So whoever changes the tensors on the device
-    flushes first, and so does whoever writes a place a second time.
+    reads them from pinned memory, in the order of the stream. So whoever changes the tensors on the device flushes first, and so
+    does whoever writes a place a second time.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, device: str) -> None:

@@ -127,18 +127,24 @@ def test_other_families_are_split_as_well(tmp_path: Path, name: str) -> None:
     assert ranks[0]["drawn"] == [on_cpu(folder, prompts)]
 
 
+def save_random_model(path: Path, config: Any, *, dtype: torch.dtype) -> Any:
+    """A model of transformers' on the GPU, with random weights, and its folder, with a tokenizer."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_MODEL / name, path / name)
+    return model
+
+
 def test_a_billion_parameters_draw_what_they_draw_on_cpu(tmp_path: Path) -> None:
     """Llama 3.2 1B's shape with random weights, and its logits in bfloat16."""
     config = AutoConfig.for_model(
         "llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
         head_dim=64, vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO_MODEL / name, tmp_path / "model" / name)
+    model = save_random_model(tmp_path / "model", config, dtype=torch.float32)
     chance = random.Random(0)
     prompts = [[chance.randrange(128256) for _ in range(length)] for length in (1, 33, 70, 16)]
     with torch.inference_mode():
@@ -174,12 +180,7 @@ def test_layers_of_seventy_billion_parameters_compute_few_rows_right(tmp_path: P
     assert torch.cuda.get_device_capability()[0] == 9, "the tile is for Hopper"
     for num_columns, num_inputs in ((5120, 8192), (8192, 4096), (8192, 14336)):
         assert few_rows_tile(num_rows=32, num_columns=num_columns, num_inputs=num_inputs) is not None
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO_MODEL / name, tmp_path / "model" / name)
+    model = save_random_model(tmp_path / "model", config, dtype=torch.bfloat16)
     chance = random.Random(0)
     prompts = [[chance.randrange(4096) for _ in range(length)] for length in (14, 3, 30, 7, 20, 50, 5, 17)]
     ranks = on_two_gpus(tmp_path / "model", tmp_path, dtype="bfloat16", prompts=prompts, runs=[run(stagger=1)], logits_of=prompts[2])

@@ -3,7 +3,7 @@
 #
 #   PYTHONPATH=src:tests/support:SITE bash tools/gpu/everything.sh OUT PART...
 #
-# Parts, in this order on a fresh machine (minutes on two H200 and 32 cores): start (1), load (3), rows2 (4), tests2 (5), rows1 (4), rest (3).
+# Parts, in this order on a fresh machine (minutes on two H200 and 32 cores): start (1), load (3), rows2 (4), tests2 (5), rows1 (5), rest (3).
 # rows1 and rest use each GPU for work of its own. SITE holds what such a machine lacks: Ray, pyzmq, msgspec, gRPC's add-ons.
 set -u
 

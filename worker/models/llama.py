@@ -391,13 +391,13 @@ class LlamaModel:
         return product
 
     def _product(self, rows: Tensor, weight: Tensor, *, output: Tensor | None = None) -> Tensor:
-        """A linear layer without bias of a layer's tokens, in `output` if given."""
+        """A linear layer without bias: [num_tokens, columns], in `output` if given. weight: [columns, inputs]"""
         has_tiles = self._has_few_rows_tiles
         tile = few_rows_tile(num_rows=len(rows), num_columns=len(weight), num_inputs=rows.shape[1]) if has_tiles else None
         return self._tiled_product(rows, weight, tile, output=output)
 
     def _tiled_product(self, rows: Tensor, weight: Tensor, tile: LinearTile | None, *, output: Tensor | None) -> Tensor:
-        """By our own kernel if there is a tile for it."""
+        """The same, by our own kernel if there is a tile for it."""
         if tile is not None:
             return skinny_linear(rows, weight, tile=tile, output=output)
         if output is None:
