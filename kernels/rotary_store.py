@@ -1,5 +1,7 @@
 """Everything between a layer's q/k/v product and its attention, in one launch: norms, rotation, the write to the cache."""
 
+from typing import Final
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,13 @@ from torch import Tensor
 
 from quire.kernels.backend import runs_triton
 from quire.kernels.store_kv import store_kv, store_kv_reference
+
+# A program per token fills the GPU up to here; of more tokens a program takes several, and has more bytes on their way at once. No
+# larger than the smallest step that every model has a graph of, which then compiles both.
+MAX_TOKENS_ALONE: Final = 512
+_TOKENS_TOGETHER: Final = 4
+_WARPS_TOGETHER: Final = 4
+_MAX_NUMBERS_PER_WARP: Final = 1024  # of queries; they, their angles and their results lie in registers
 
 
 def rotary_store(
@@ -53,8 +62,9 @@ def rotary_store(
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
     rotary_dim = cos_sin.shape[1]
-    # A program per token and group of heads: every number is read and written once, and small batches still fill the GPU.
-    _rotary_store_kernel[(num_kv_heads, num_tokens)](
+    num_together, num_warps = _program(num_tokens, numbers=group * head_dim)
+    # A program per few tokens and group of heads: every number is read and written once, and small batches still fill the GPU.
+    _rotary_store_kernel[(num_kv_heads, triton.cdiv(num_tokens, num_together))](
         output,
         key_output,
         kv_cache,
@@ -66,6 +76,7 @@ def rotary_store(
         cos_sin,
         query_norm,
         key_norm,
+        num_tokens,
         eps,
         *output.stride()[:2],
         *((0, 0) if key_output is None else key_output.stride()[:2]),
@@ -79,13 +90,21 @@ def rotary_store(
         PADDED_REST=triton.next_power_of_2(head_dim - rotary_dim) if rotary_dim < head_dim else 0,
         GROUP=group,
         PADDED_GROUP=triton.next_power_of_2(group),
+        TOKENS=num_together,
         BLOCK_SIZE=kv_cache.shape[3],
-        num_warps=1 if group * head_dim <= 1024 else 4,
+        num_warps=num_warps,
     )
     return output
 
 
-@triton.jit
+def _program(num_tokens: int, *, numbers: int) -> tuple[int, int]:
+    """How many tokens a program takes, and its warps. numbers: of a token's queries in one program"""
+    if numbers > _MAX_NUMBERS_PER_WARP:
+        return 1, _WARPS_TOGETHER
+    return (1, 1) if num_tokens <= MAX_TOKENS_ALONE else (_TOKENS_TOGETHER, _WARPS_TOGETHER)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rotary_store_kernel(
     output: tl.tensor,  # [num_tokens, num_heads, HEAD_DIM]
     key_output: tl.tensor,  # None, or [num_tokens, num_kv_heads, HEAD_DIM]
@@ -98,6 +117,7 @@ def _rotary_store_kernel(
     cos_sin: tl.tensor,  # [max_positions, ROTARY_DIM]
     query_norm: tl.tensor,  # None, or [HEAD_DIM]
     key_norm: tl.tensor,  # None, or [HEAD_DIM]
+    num_tokens: int,
     eps: float,
     output_token_stride: int,
     output_head_stride: int,
@@ -118,88 +138,127 @@ def _rotary_store_kernel(
     PADDED_REST: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ) -> None:
     kv_head = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1).to(tl.int64)
-    half = tl.arange(0, PADDED_HALF)
-    is_half = half < ROTARY_DIM // 2
-    angles = cos_sin + tl.load(positions + token).to(tl.int64) * ROTARY_DIM + half
-    cos = tl.load(angles, mask=is_half, other=0.0)
-    sin = tl.load(angles + ROTARY_DIM // 2, mask=is_half, other=0.0)
+    begin = tl.program_id(1).to(tl.int64) * TOKENS
+    # Everything is asked for before anything is written, so that a program waits for memory once.
+    query_row = tl.arange(0, TOKENS * PADDED_GROUP)
+    query_token = begin + query_row // PADDED_GROUP
+    in_group = query_row % PADDED_GROUP
+    is_query = (in_group < GROUP) & (query_token < num_tokens)
+    query_head = kv_head * GROUP + in_group
+    query_source = query + query_token * query_token_stride + query_head * query_head_stride
+    query_first, query_second = _load_halves(query_source, is_query, ROTARY_DIM, PADDED_HALF)
 
-    in_group = tl.arange(0, PADDED_GROUP)
-    is_head = in_group < GROUP
-    head = kv_head * GROUP + in_group
+    token = begin + tl.arange(0, TOKENS)
+    is_token = token < num_tokens
+    key_source = key + token * key_token_stride + kv_head * key_head_stride
+    key_first, key_second = _load_halves(key_source, is_token, ROTARY_DIM, PADDED_HALF)
+    value_source = value + token * value_token_stride + kv_head * value_head_stride
+    value_first, value_second = _load_halves(value_source, is_token, ROTARY_DIM, PADDED_HALF)
+    slot = tl.load(slot_mapping + token, mask=is_token, other=-1).to(tl.int64)
+    query_position = tl.load(positions + query_token, mask=is_query, other=0).to(tl.int64)
+    position = tl.load(positions + token, mask=is_token, other=0).to(tl.int64)
+
     _rotate(
-        output + token * output_token_stride + head * output_head_stride,
-        query + token * query_token_stride + head * query_head_stride,
-        is_head, query_norm, cos, sin, eps, HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
+        output + query_token * output_token_stride + query_head * output_head_stride, is_query, None, is_query,
+        query_source, is_query, query_first, query_second, query_norm, cos_sin + query_position * ROTARY_DIM, eps,
+        HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
     )  # fmt: skip
-
-    one = tl.arange(0, 1)
-    slot = tl.load(slot_mapping + token).to(tl.int64)
-    if slot < 0:
-        return
+    has_slot = slot >= 0
     target = kv_cache + slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * HEAD_DIM
+    also = None if key_output is None else key_output + token * key_output_token_stride + kv_head * key_output_head_stride
     _rotate(
-        target + one,
-        key + token * key_token_stride + kv_head * key_head_stride + one,
-        one == 0, key_norm, cos, sin, eps, HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
+        target, has_slot, also, is_token,
+        key_source, is_token, key_first, key_second, key_norm, cos_sin + position * ROTARY_DIM, eps,
+        HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
     )  # fmt: skip
-    source = value + token * value_token_stride + kv_head * value_head_stride
-    first, second = tl.load(source + half, mask=is_half), tl.load(source + ROTARY_DIM // 2 + half, mask=is_half)
-    tl.store(target + kind_stride + half, first, mask=is_half)
-    tl.store(target + kind_stride + ROTARY_DIM // 2 + half, second, mask=is_half)
+    half = tl.arange(0, PADDED_HALF)[None, :]
+    is_half = has_slot[:, None] & (half < ROTARY_DIM // 2)
+    value_target = (target + kind_stride)[:, None]
+    tl.store(value_target + half, value_first, mask=is_half)
+    tl.store(value_target + ROTARY_DIM // 2 + half, value_second, mask=is_half)
     if PADDED_REST > 0:
-        rest = ROTARY_DIM + tl.arange(0, PADDED_REST)
-        tl.store(target + kind_stride + rest, tl.load(source + rest, mask=rest < HEAD_DIM), mask=rest < HEAD_DIM)
-    if key_output is not None:  # last, because it may be the key itself
-        _rotate(
-            key_output + token * key_output_token_stride + kv_head * key_output_head_stride + one,
-            key + token * key_token_stride + kv_head * key_head_stride + one,
-            one == 0, key_norm, cos, sin, eps, HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
-        )  # fmt: skip
+        rest = ROTARY_DIM + tl.arange(0, PADDED_REST)[None, :]
+        is_rest = has_slot[:, None] & (rest < HEAD_DIM)
+        tl.store(value_target + rest, tl.load(value_source[:, None] + rest, mask=is_rest), mask=is_rest)
+
+
+@triton.jit
+def _load_halves(
+    source: tl.tensor,  # [rows] pointers
+    is_row: tl.tensor,  # [rows]
+    ROTARY_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    half = tl.arange(0, PADDED_HALF)[None, :]
+    is_number = is_row[:, None] & (half < ROTARY_DIM // 2)
+    first = tl.load(source[:, None] + half, mask=is_number, other=0.0)
+    return first, tl.load(source[:, None] + ROTARY_DIM // 2 + half, mask=is_number, other=0.0)
 
 
 @triton.jit
 def _rotate(
     target: tl.tensor,  # [rows] pointers
-    source: tl.tensor,  # [rows] pointers
+    is_target: tl.tensor,  # [rows]
+    also: tl.tensor,  # None, or [rows] pointers: where the result goes as well
+    is_also: tl.tensor,  # [rows]
+    source: tl.tensor,  # [rows] pointers to all dims; what is not rotated is read here
     is_row: tl.tensor,  # [rows]
+    first: tl.tensor,  # [rows, PADDED_HALF]
+    second: tl.tensor,  # [rows, PADDED_HALF]
     norm: tl.tensor,  # None, or [HEAD_DIM]
-    cos: tl.tensor,  # [PADDED_HALF]
-    sin: tl.tensor,  # [PADDED_HALF]
+    angles: tl.tensor,  # [rows] pointers to cosines and sines
     eps: float,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PADDED_REST: tl.constexpr,
 ) -> None:
-    half = tl.arange(0, PADDED_HALF)
+    half = tl.arange(0, PADDED_HALF)[None, :]
     is_half = half < ROTARY_DIM // 2
-    is_number = is_row[:, None] & is_half[None, :]
-    first = tl.load(source[:, None] + half[None, :], mask=is_number, other=0.0).to(tl.float32)
-    second = tl.load(source[:, None] + ROTARY_DIM // 2 + half[None, :], mask=is_number, other=0.0).to(tl.float32)
+    cos = tl.load(angles[:, None] + half, mask=is_half, other=0.0)
+    sin = tl.load(angles[:, None] + ROTARY_DIM // 2 + half, mask=is_half, other=0.0)
+    first, second = first.to(tl.float32), second.to(tl.float32)
     if PADDED_REST > 0:
-        rest = ROTARY_DIM + tl.arange(0, PADDED_REST)
-        is_rest = is_row[:, None] & (rest < HEAD_DIM)[None, :]
-        others = tl.load(source[:, None] + rest[None, :], mask=is_rest, other=0.0).to(tl.float32)
+        rest = ROTARY_DIM + tl.arange(0, PADDED_REST)[None, :]
+        is_rest = rest < HEAD_DIM
+        others = tl.load(source[:, None] + rest, mask=is_row[:, None] & is_rest, other=0.0).to(tl.float32)
     if norm is not None:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         if PADDED_REST > 0:
             squares += tl.sum(others * others, 1)
         factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        first = first * factor * tl.load(norm + half, mask=is_half, other=0.0).to(tl.float32)[None, :]
-        second = second * factor * tl.load(norm + ROTARY_DIM // 2 + half, mask=is_half, other=0.0).to(tl.float32)[None, :]
+        first = first * factor * tl.load(norm + half, mask=is_half, other=0.0).to(tl.float32)
+        second = second * factor * tl.load(norm + ROTARY_DIM // 2 + half, mask=is_half, other=0.0).to(tl.float32)
         if PADDED_REST > 0:
-            others = others * factor * tl.load(norm + rest, mask=rest < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+            others = others * factor * tl.load(norm + rest, mask=is_rest, other=0.0).to(tl.float32)
     dtype = target.dtype.element_ty
-    tl.store(target[:, None] + half[None, :], (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=is_number)
-    rotated = second * cos[None, :] + first * sin[None, :]
-    tl.store(target[:, None] + ROTARY_DIM // 2 + half[None, :], rotated.to(dtype), mask=is_number)
+    turned, other_turned = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+    _store_halves(target, is_target, turned, other_turned, ROTARY_DIM, PADDED_HALF)
     if PADDED_REST > 0:
-        tl.store(target[:, None] + rest[None, :], others.to(dtype), mask=is_rest)
+        tl.store(target[:, None] + rest, others.to(dtype), mask=is_target[:, None] & is_rest)
+    if also is not None:
+        _store_halves(also, is_also, turned, other_turned, ROTARY_DIM, PADDED_HALF)
+        if PADDED_REST > 0:
+            tl.store(also[:, None] + rest, others.to(dtype), mask=is_also[:, None] & is_rest)
+
+
+@triton.jit
+def _store_halves(
+    target: tl.tensor,  # [rows] pointers
+    is_row: tl.tensor,  # [rows]
+    first: tl.tensor,  # [rows, PADDED_HALF]
+    second: tl.tensor,  # [rows, PADDED_HALF]
+    ROTARY_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+) -> None:
+    half = tl.arange(0, PADDED_HALF)[None, :]
+    is_number = is_row[:, None] & (half < ROTARY_DIM // 2)
+    tl.store(target[:, None] + half, first, mask=is_number)
+    tl.store(target[:, None] + ROTARY_DIM // 2 + half, second, mask=is_number)
 
 
 def rotary_table(frequencies: Tensor, *, max_positions: int, scaling: float = 1.0) -> Tensor:

@@ -185,6 +185,7 @@ def test_sums_in_two_shots_meet_twice(size: int) -> None:
 def small_launches() -> dict[str, Callable[[], object]]:
     qkv = zeros(4, 48, 128)
     query, key, value = qkv.split([32, 8, 8], dim=1)
+    many = zeros(600, 48, 128).split([32, 8, 8], dim=1)
     layer = zeros(4, 2, 2, 8, 16, 128)[:, 1]
     norms: dict[str, Any] = {"query_norm": zeros(128), "key_norm": zeros(128)}
     step = allocate_step_tokens(256, CPU)
@@ -196,6 +197,9 @@ def small_launches() -> dict[str, Callable[[], object]]:
     return {
         "rotary_store": lambda: rotary_store(query, key, value, layer, integers(4), integers(4), table),
         "rotary_store with norms": lambda: rotary_store(query, key, value, layer, integers(4), integers(4), table, **norms),
+        "rotary_store of many": lambda: rotary_store(
+            many[0], many[1], many[2], layer, integers(600), integers(600), table, output=many[0], key_output=many[1]
+        ),
         "store_kv": lambda: store_kv(key, value, layer, integers(4)),
         "rms_norm": lambda: rms_norm(zeros(4, 4096), zeros(4096), eps=1e-5, residual=zeros(4, 4096)),
         "rms_norm of 5120": lambda: rms_norm(zeros(4, 5120), zeros(5120), eps=1e-5, residual=zeros(4, 5120)),
@@ -215,7 +219,7 @@ def small_launches() -> dict[str, Callable[[], object]]:
 def test_small_operations_spill_nothing_and_load_wide(name: str) -> None:
     for kernel in compiled(small_launches()[name]):
         assert kernel.stack_bytes == 0, kernel.name
-        if name in ("rms_norm", "silu_mul", "copy_blocks"):
+        if name in ("rms_norm", "silu_mul", "copy_blocks", "rotary_store of many"):
             assert "ld.global.v4.b32" in kernel.ptx, "16 bytes a load"
 
 

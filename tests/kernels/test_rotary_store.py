@@ -5,7 +5,7 @@ import torch
 from paged_cases import kernel_device
 from torch import Tensor
 
-from quire.kernels.rotary_store import rotary_store, rotary_store_reference, rotary_table
+from quire.kernels.rotary_store import MAX_TOKENS_ALONE, rotary_store, rotary_store_reference, rotary_table
 
 
 def stored(
@@ -17,8 +17,9 @@ def stored(
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(device, dtype)
     query, key, value = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    pool = torch.randn(40, 2, 2, num_kv_heads, 4, head_dim, generator=generator).to(device, dtype)
-    slots = torch.randperm(160, generator=generator)[:num_tokens].to(device)
+    num_blocks = 40 + num_tokens // 4
+    pool = torch.randn(num_blocks, 2, 2, num_kv_heads, 4, head_dim, generator=generator).to(device, dtype)
+    slots = torch.randperm(4 * num_blocks, generator=generator)[:num_tokens].to(device)
     slots[1::3] = -1
     positions = torch.randint(0, 50, (num_tokens,), generator=generator).to(device)
     table = rotary_table(1e4 ** -(torch.arange(rotary_dim // 2, device=device) * 2 / rotary_dim), max_positions=50)
@@ -42,6 +43,15 @@ def test_rotation_norm_and_write_equal_the_reference(num_tokens: int, has_norm: 
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("heads", "rotary_dim"), [((4, 2, 16), 16), ((6, 1, 20), 8), ((3, 3, 64), 48)], ids=str)
+def test_several_tokens_of_a_program_are_none_of_each_other(has_norm: bool, heads: tuple[int, int, int], rotary_dim: int) -> None:
+    # Not a multiple of any number of tokens that a program may take.
+    actual, expected = stored(MAX_TOKENS_ALONE + 3, heads, rotary_dim=rotary_dim, has_norm=has_norm, dtype=torch.float32)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.kernel
 def test_half_precision_is_computed_in_float32() -> None:
     actual, expected = stored(7, (4, 2, 16), rotary_dim=16, has_norm=True, dtype=torch.float16)
     torch.testing.assert_close([tensor.float() for tensor in actual], expected, atol=2e-3, rtol=2e-3)
@@ -50,17 +60,19 @@ def test_half_precision_is_computed_in_float32() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(32, 8, 128), (16, 8, 128), (71, 1, 64), (8, 8, 80), (8, 4, 256)], ids=str)
 @pytest.mark.parametrize("has_norm", [False, True])
-def test_bfloat16_is_right_on_the_gpu(heads: tuple[int, int, int], has_norm: bool) -> None:
-    actual, expected = stored(129, heads, rotary_dim=heads[2] // 2, has_norm=has_norm, dtype=torch.bfloat16)
+@pytest.mark.parametrize("num_tokens", [129, 1027])
+def test_bfloat16_is_right_on_the_gpu(num_tokens: int, heads: tuple[int, int, int], has_norm: bool) -> None:
+    actual, expected = stored(num_tokens, heads, rotary_dim=heads[2] // 2, has_norm=has_norm, dtype=torch.bfloat16)
     torch.testing.assert_close([tensor.float() for tensor in actual], expected, atol=5e-2, rtol=1e-2)
 
 
 @pytest.mark.kernel
-def test_queries_and_keys_may_be_rotated_in_place() -> None:
-    query, key, value = torch.randn(3, 7, 2, 16, device=kernel_device())
-    pool = torch.zeros(9, 2, 2, 4, 16, device=query.device)
-    slots, positions = torch.arange(7, device=query.device), torch.arange(7, device=query.device)
-    table = rotary_table(torch.rand(8, device=query.device), max_positions=7)
+@pytest.mark.parametrize("num_tokens", [7, MAX_TOKENS_ALONE + 3])
+def test_queries_and_keys_may_be_rotated_in_place(num_tokens: int) -> None:
+    query, key, value = torch.randn(3, num_tokens, 2, 16, device=kernel_device())
+    pool = torch.zeros(num_tokens // 4 + 8, 2, 2, 4, 16, device=query.device)
+    slots, positions = torch.arange(num_tokens, device=query.device), torch.arange(num_tokens, device=query.device)
+    table = rotary_table(torch.rand(8, device=query.device), max_positions=num_tokens)
     expected = rotary_store(query, key, value, pool, slots, positions, table)
     assert torch.equal(rotary_store(query, key, value, pool, slots, positions, table, output=query, key_output=key), expected)
     assert torch.equal(pool[slots // 4, 0, :, slots % 4], key), "the cache holds what the keys are now"

@@ -1,34 +1,77 @@
 #!/usr/bin/env bash
-# Everything that only GPUs can show, on a bare machine of two; what came out lies in OUT.
+# Everything that only GPUs can show, on a bare machine; what came out lies in OUT.
 #
 #   PYTHONPATH=src:tests/support:SITE bash tools/gpu/everything.sh OUT PART...
 #
-# Parts, in this order on a fresh machine (minutes on two H200 and 32 cores): start (1), load (3), rows2 (4), tests2 (5), rows1 (5), rest (3).
-# rows1 and rest use each GPU for work of its own. SITE holds what such a machine lacks: Ray, pyzmq, msgspec, gRPC's add-ons.
+# Parts, in this order on a fresh machine (seconds on H200s). One GPU: start (60), small (80), large (200), swap (300), tests (250), edge (200).
+# Two GPUs: load (200), rows2 (230), tests2 (340). `beside` runs two parts of one GPU at once where there are two: beside large swap.
+# SITE holds what such a machine lacks: Ray, pyzmq, msgspec, gRPC's add-ons.
 set -u
 
 OUT=$1
 shift
-HALF=$(($(nproc) * 3 / 8))
+NUM_GPUS=$(nvidia-smi --list-gpus | wc -l)
+SHARE=$(($(nproc) / NUM_GPUS))
+GPU=0
 QUIRE="python3 -P -m quire.cli.main"
 export PYTHONUNBUFFERED=1 RAY_AUTH_MODE=disabled
 
 mark() { echo "=== $(date +%T) $*"; }
-one() { CUDA_VISIBLE_DEVICES=0 taskset -c "0-$((HALF - 1))" timeout "$@"; }
-other() { CUDA_VISIBLE_DEVICES=1 taskset -c "$HALF-$(($(nproc) - 1))" timeout "$@"; }
+here() { CUDA_VISIBLE_DEVICES=$GPU taskset -c "$((GPU * SHARE))-$((GPU * SHARE + SHARE - 1))" timeout "$@"; }
 engine() { echo "$QUIRE bench engine --dummy-weights --device cuda --max-model-len 16384 $*"; }
 
 # Without the project's own settings, which name plugins that such a machine may lack.
 printf '[pytest]\naddopts = --import-mode=importlib\nmarkers =\n  gpu\n  kernel\n  slow\n  chaos\n' >"$OUT/pytest.ini"
 PYTEST="python3 -P -m pytest -q -p no:cacheprovider -c $OUT/pytest.ini --rootdir $PWD"
 
-start() {
-    timeout 120 python3 -P tools/gpu/start.py --out "$OUT/start.json" --turns 3
+beside() {
+    if [ "$NUM_GPUS" -gt 1 ]; then
+        (
+            GPU=1
+            "$2"
+        ) &
+    fi
+    "$1"
+    [ "$NUM_GPUS" -gt 1 ] || "$2"
+    wait
 }
 
-load() {
-    timeout 360 python3 -P tools/gpu/two_gpus.py --out "$OUT/load.json" --parts load \
-        --load-cases 64x128x256,256x128x256,256x128x256,256x128x256 >"$OUT/load.txt" 2>&1 || tail -c 2000 "$OUT/load.txt"
+start() { timeout 120 python3 -P tools/gpu/start.py --out "$OUT/start.json" --turns 3; }
+
+# A model whose steps take a millisecond of the host: nothing else may run beside it.
+small() {
+    here 150 python3 -P tools/gpu/table.py --out "$OUT/table_small.json" --models qwen3-0.6b 2>&1 | tail -20
+    here 200 python3 -P tools/gpu/swap.py --out "$OUT/swap_small.json" --models qwen3-0.6b --logs "$OUT/logs" 2>&1 | tail -5
+}
+
+large() {
+    here 300 python3 -P tools/gpu/table.py --out "$OUT/table.json" --models llama-8b 2>&1 | tail -20
+    here 60 $(engine --model-config llama-8b --workload gaps --log-folder "$OUT/gaps") 2>&1 | tail -4
+}
+
+swap() {
+    here 400 python3 -P tools/gpu/swap.py --out "$OUT/swap.json" --models llama-13b --logs "$OUT/logs" 2>&1 | tail -5
+    here 100 python3 -P tools/gpu/load.py --out "$OUT/weights.json" 2>&1 | tail -4
+}
+
+tests() {
+    here 300 python3 -P tools/gpu/correctness.py --out "$OUT/correctness.json" >"$OUT/correctness.txt" 2>&1
+    mark "correctness $?"
+    tail -c 1500 "$OUT/correctness.txt"
+    here 150 compute-sanitizer --tool memcheck --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        $PYTEST tests/kernels -m kernel >"$OUT/memcheck.txt" 2>&1
+    mark "memcheck $?"
+    tail -2 "$OUT/memcheck.txt"
+    here 120 $QUIRE bench kernels >"$OUT/kernels.txt" 2>&1
+    mark "kernels $?"
+    grep paged "$OUT/kernels.txt"
+}
+
+edge() { edge_of 1; }
+load() { edge_of 2; }
+edge_of() {
+    timeout 400 python3 -P tools/gpu/two_gpus.py --out "$OUT/load$1.json" --parts load --tensor-parallel-size "$1" \
+        --load-cases 64x128x256,256x128x256,256x128x256,256x128x256 >"$OUT/load$1.txt" 2>&1 || tail -c 2000 "$OUT/load$1.txt"
 }
 
 rows2() {
@@ -45,34 +88,14 @@ tests2() {
     head -10 "$OUT/all_reduce.txt"
 }
 
-rows1() {
-    (
-        other 100 python3 -P tools/gpu/load.py --out "$OUT/weights.json" 2>&1 | tail -4
-        other 400 python3 -P tools/gpu/swap.py --out "$OUT/swap.json" --models llama-13b --logs "$OUT/logs" 2>&1 | tail -5
-    ) &
-    one 330 python3 -P tools/gpu/table.py --out "$OUT/table.json" 2>&1 | tail -40
-    wait
-}
-
-rest() {
-    (
-        other 300 python3 -P tools/gpu/correctness.py --out "$OUT/correctness.json" >"$OUT/correctness.txt" 2>&1
-        mark "correctness $?"
-        tail -c 1500 "$OUT/correctness.txt"
-        other 120 $QUIRE bench kernels >"$OUT/kernels.txt" 2>&1
-        grep paged "$OUT/kernels.txt"
-    ) &
-    one 60 $(engine --model-config llama-8b --workload gaps --log-folder "$OUT/gaps") 2>&1 | tail -4
-    one 150 compute-sanitizer --tool memcheck --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        $PYTEST tests/kernels -m kernel >"$OUT/memcheck.txt" 2>&1
-    tail -2 "$OUT/memcheck.txt"
-    one 200 python3 -P tools/gpu/swap.py --out "$OUT/swap_small.json" --models qwen3-0.6b --logs "$OUT/logs" 2>&1 | tail -5
-    wait
-    tar -C "$OUT" -czf "$OUT/logs.tar.gz" logs gaps && rm -r "${OUT:?}/logs" "${OUT:?}/gaps"
-}
-
-for part in "$@"; do
-    mark "$part"
-    "$part"
+while [ $# -gt 0 ]; do
+    mark "$1"
+    if [ "$1" = beside ]; then
+        beside "$2" "$3"
+        shift 2
+    else
+        "$1"
+    fi
+    shift
 done
 mark end

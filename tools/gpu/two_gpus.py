@@ -5,9 +5,9 @@
 groups: two groups of one GPU; the built-in model in float32, 64 streams; a rank is killed under them, and each stream must end with
         the tokens of a run in which nothing happens
 split:  the same with one group of two GPUs, whose tokens must be those of one GPU
-load:   Llama 3 8B's shape with random weights on a group of two: closed loops of 64 and 256 callers and arrivals at 70 % of what the
-        engine alone carries, through gRPC from client processes, beside the engine alone: under the same load, and with each request
-        arriving when it did at the edge
+load:   Llama 3 8B's shape with random weights on a group of two (of --tensor-parallel-size, for a machine of one): closed loops of
+        64 and 256 callers and arrivals at 70 % of what the engine alone carries, through gRPC from client processes, beside the
+        engine alone: under the same load, and with each request arriving when it did at the edge
 
 `--device cpu --model-config DIR` tries it out where there is no GPU.
 """
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--parts", default="groups,split,load", help="by comma")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--model-config", default="llama-8b", help="the shape for `load`")
+    parser.add_argument("--tensor-parallel-size", type=int, default=2, help="GPUs of the group for `load`")
     parser.add_argument("--load-cases", default="64x128x256,256x128x256", help="callers x prompt tokens x tokens to generate")
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of each stream under which a rank is killed")
     arguments = parser.parse_args()
@@ -97,7 +98,8 @@ def survive(
 
 def load(arguments: argparse.Namespace) -> dict[str, Any]:
     """The engine alone and through the edge, a row per load."""
-    shape = ["--tensor-parallel-size", "2", "--device", arguments.device, "--dummy-weights", "--max-model-len", "2048"]
+    shape = ["--tensor-parallel-size", str(arguments.tensor_parallel_size), "--device", arguments.device]
+    shape += ["--dummy-weights", "--max-model-len", "2048"]
     how = ["--model-config", arguments.model_config, *shape, "--workload", "load", "--load-cases", arguments.load_cases, "--json"]
     engine = _json_of([*_COMMAND, "bench", "engine", *how])
     rows = engine["workloads"]["load"]
