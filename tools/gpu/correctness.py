@@ -1,6 +1,6 @@
 """Every test that needs a GPU, on a bare GPU machine: one JSON.
 
-python -P tools/gpu/correctness.py --out correctness.json
+python -P tools/gpu/correctness.py --out correctness.json [--parts native,soak,...]
 
 Parts run beside each other, since compiling is what takes long: about three minutes with 16 cores.
 """
@@ -63,7 +63,11 @@ _TEST_TIMEOUT_S = 240
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
+    parser.add_argument("--parts", default=",".join([*_PARTS, *_ALONE]), help="by comma, of %(default)s")
     arguments = parser.parse_args()
+    parts = set(arguments.parts.split(","))
+    if odd := sorted(parts - {*_PARTS, *_ALONE}):
+        parser.error(f"no such parts: {', '.join(odd)}; there are {', '.join([*_PARTS, *_ALONE])}")
     started_s = time.perf_counter()
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
@@ -71,7 +75,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "transformers": transformers.__version__,
-        **run_tests(),
+        **run_tests(parts),
     }
     report["took_s"] = round(time.perf_counter() - started_s, 1)
     arguments.out.write_text(json.dumps(report, indent=1))
@@ -79,13 +83,15 @@ def main() -> None:
     sys.exit(0 if report["pass"] else 1)
 
 
-def run_tests() -> dict[str, Any]:
+def run_tests(parts: set[str]) -> dict[str, Any]:
     """How the tests ended, and what the failed ones said."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # The project's own settings name plugins that such a machine may lack.
         (folder / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\nmarkers =\n  gpu\n  kernel\n  slow\n  chaos\n")
-        results = _run(_PARTS, folder) | _run(_ALONE, folder)
+        results: dict[str, dict[str, Any]] = {}
+        for together in (_PARTS, _ALONE):
+            results |= _run({name: how for name, how in together.items() if name in parts}, folder)
     counts = {key: sum(result[key] for result in results.values()) for key in ("passed", "failed", "skipped")}
     is_ok = counts["failed"] == 0 and all(result["exit_code"] == 0 for result in results.values())
     return {"pass": is_ok, **counts, "parts": results}
