@@ -42,6 +42,8 @@ _BYTES_PER_LISTED_ID: Final = 5
 _BYTES_OF_THE_REST: Final = 256 * 2**10
 # More gateways than a machine has use for: each takes some 100 MiB, and a core when it is busy.
 MAX_GATEWAYS: Final = 64
+# Kernels have a program per token in the second dimension of a CUDA grid, which ends here.
+MAX_BATCHED_TOKENS: Final = 65_535
 # Where metrics are served when nobody says. If that port is taken, by another cluster on this machine for one, a free one is.
 DEFAULT_METRICS_LISTEN: Final = {"gateway": "127.0.0.1:9400", "controller": "127.0.0.1:9401"}
 
@@ -204,6 +206,8 @@ def plan_model(config: ModelConfig) -> ModelPlan:
     dtype = ("float32" if device == "cpu" else folder.dtype) if config.dtype == "auto" else config.dtype
     default_sequences, default_tokens = _BATCH_LIMITS[device]
     max_batched_tokens = config.max_batched_tokens or default_tokens
+    if max_batched_tokens > MAX_BATCHED_TOKENS:
+        raise ConfigError(f"max_batched_tokens is {max_batched_tokens}; a step takes at most {MAX_BATCHED_TOKENS}")
     max_sequences = config.max_sequences or min(default_sequences, max_batched_tokens)
     if max_sequences > max_batched_tokens:
         raise ConfigError(

@@ -45,6 +45,7 @@ def test_bytes_are_read_with_their_unit(text: Any, expected: int) -> None:
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: kv_cache_memory is 'lots'; it takes bytes, such as 2Gi or 500M"),
         ({"max_sequences": "x"}, "--max-sequences: max_sequences is 'x'; it takes a whole number"),
         ({"device": "tpu"}, "--device: device is 'tpu'; it takes auto, cpu, cuda"),
+        ({"max_batched_tokens": "65536"}, "max_batched_tokens is 65536; a step takes at most 65535"),
         ({"max_sequences": "64", "max_batched_tokens": "32"}, "max_sequences 64 is more than max_batched_tokens 32"),
         ({"request_timeout_s": "0"}, "request_timeout_s is 0.0; it must be above 0"),
         ({"model": "/nowhere"}, "/nowhere is not a folder"),

@@ -223,6 +223,18 @@ def test_small_operations_spill_nothing_and_load_wide(name: str) -> None:
             assert "ld.global.v4.b32" in kernel.ptx, "16 bytes a load"
 
 
+@pytest.mark.parametrize("heads", [(16, 8, 128), (64, 8, 128), (32, 1, 128), (64, 1, 256)], ids=str)
+def test_rotary_positions_of_many_tokens_stay_in_registers(heads: tuple[int, int, int]) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    query, key, value = zeros(600, num_heads + 2 * num_kv_heads, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    layer = zeros(4, 2, 2, num_kv_heads, 16, head_dim)[:, 1]
+    norms: dict[str, Any] = {"query_norm": zeros(head_dim), "key_norm": zeros(head_dim)}
+    table, places = zeros(64, head_dim, dtype=torch.float32), integers(600)
+    (kernel,) = compiled(lambda: rotary_store(query, key, value, layer, places, places, table, output=query, key_output=key, **norms))
+    assert kernel.stack_bytes == 0
+    assert kernel.num_registers <= 128
+
+
 @pytest.mark.parametrize(("size", "vocab_size"), [(2, 128256), (2, 151936), (4, 128256), (8, 262144)])
 def test_draws_of_a_group_spill_nothing_and_wait_in_order(size: int, vocab_size: int) -> None:
     addresses = integers(size)

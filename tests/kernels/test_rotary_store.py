@@ -6,6 +6,7 @@ from paged_cases import kernel_device
 from torch import Tensor
 
 from quire.kernels.rotary_store import MAX_TOKENS_ALONE, rotary_store, rotary_store_reference, rotary_table
+from quire.worker.graph_sizes import mixed_sizes, warmed
 
 
 def stored(
@@ -69,13 +70,26 @@ def test_bfloat16_is_right_on_the_gpu(num_tokens: int, heads: tuple[int, int, in
 @pytest.mark.kernel
 @pytest.mark.parametrize("num_tokens", [7, MAX_TOKENS_ALONE + 3])
 def test_queries_and_keys_may_be_rotated_in_place(num_tokens: int) -> None:
-    query, key, value = torch.randn(3, num_tokens, 2, 16, device=kernel_device())
-    pool = torch.zeros(num_tokens // 4 + 8, 2, 2, 4, 16, device=query.device)
+    qkv = torch.randn(num_tokens, 8, 16, device=kernel_device())
+    query, key, value = qkv.split([4, 2, 2], dim=1)
+    pool = torch.zeros(num_tokens // 4 + 8, 2, 2, 2, 4, 16, device=query.device)
     slots, positions = torch.arange(num_tokens, device=query.device), torch.arange(num_tokens, device=query.device)
+    slots[5] = -1
     table = rotary_table(torch.rand(8, device=query.device), max_positions=num_tokens)
-    expected = rotary_store(query, key, value, pool, slots, positions, table)
-    assert torch.equal(rotary_store(query, key, value, pool, slots, positions, table, output=query, key_output=key), expected)
-    assert torch.equal(pool[slots // 4, 0, :, slots % 4], key), "the cache holds what the keys are now"
+    norms: dict[str, Any] = {name: torch.rand(16, device=query.device) for name in ("query_norm", "key_norm")}
+    expected, expected_pool = torch.empty_like(query), pool[:, 1].clone()
+    expected_key, values = torch.empty_like(key), value.clone()
+    rotary_store_reference(query, key, value, expected_pool, slots, positions, table, output=expected, key_output=expected_key, **norms)
+    rotary_store(query, key, value, pool[:, 1], slots, positions, table, output=query, key_output=key, **norms)
+    torch.testing.assert_close([query, key, pool[:, 1]], [expected, expected_key, expected_pool], atol=2e-6, rtol=2e-6)
+    assert torch.equal(value, values)
+    assert pool[1, 1, 0, :, 1].count_nonzero() == 0, "the slot of padding is not written"
+
+
+def test_what_a_program_takes_changes_where_sizes_are_compiled_apart() -> None:
+    sizes = mixed_sizes(8192, launch_bound_tokens=0)
+    assert len(warmed([MAX_TOKENS_ALONE, MAX_TOKENS_ALONE + 1])) == 2
+    assert min(sizes) <= MAX_TOKENS_ALONE < max(sizes), "every model has graphs of both"
 
 
 def test_the_table_turns_by_frequency_times_position() -> None:

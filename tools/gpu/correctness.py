@@ -75,6 +75,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "transformers": transformers.__version__,
+        "asked": sorted(parts),
         **run_tests(parts),
     }
     report["took_s"] = round(time.perf_counter() - started_s, 1)

@@ -10,7 +10,18 @@ set -u
 
 OUT=$1
 shift
+PARTS=" start small large swap tests edge load rows2 tests2 beside "
+for part in "$@"; do
+    if [[ $PARTS != *" $part "* ]]; then
+        echo "there is no part $part; there are$PARTS" >&2
+        exit 2
+    fi
+done
 NUM_GPUS=$(nvidia-smi --list-gpus | wc -l)
+if [ "$NUM_GPUS" -eq 0 ]; then
+    echo "nvidia-smi lists no GPU" >&2
+    exit 1
+fi
 SHARE=$(($(nproc) / NUM_GPUS))
 GPU=0
 QUIRE="python3 -P -m quire.cli.main"
@@ -55,7 +66,7 @@ swap() {
 }
 
 tests() {
-    here 300 python3 -P tools/gpu/correctness.py --out "$OUT/correctness.json" >"$OUT/correctness.txt" 2>&1
+    here 500 python3 -P tools/gpu/correctness.py --out "$OUT/correctness.json" >"$OUT/correctness.txt" 2>&1
     mark "correctness $?"
     tail -c 1500 "$OUT/correctness.txt"
     here 150 compute-sanitizer --tool memcheck --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -89,13 +100,19 @@ tests2() {
 }
 
 while [ $# -gt 0 ]; do
-    mark "$1"
     if [ "$1" = beside ]; then
+        mark "$2 beside $3"
         beside "$2" "$3"
         shift 2
     else
+        mark "$1"
         "$1"
     fi
     shift
+done
+for folder in logs gaps; do
+    if [ -d "$OUT/$folder" ]; then
+        tar -C "$OUT" -czf "$OUT/$folder.tar.gz" "$folder" && rm -r "${OUT:?}/$folder"
+    fi
 done
 mark end

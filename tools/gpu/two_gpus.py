@@ -1,13 +1,13 @@
-"""A cluster on a bare machine of two GPUs: controller on Ray, gateway, SDK. One JSON.
+"""A cluster on a bare machine of two GPUs, or for `load` of one: controller on Ray, gateway, SDK. One JSON.
 
     python -P tools/gpu/two_gpus.py --out two_gpus.json [--parts groups,split,load] [--device cuda]
 
 groups: two groups of one GPU; the built-in model in float32, 64 streams; a rank is killed under them, and each stream must end with
         the tokens of a run in which nothing happens
 split:  the same with one group of two GPUs, whose tokens must be those of one GPU
-load:   Llama 3 8B's shape with random weights on a group of two (of --tensor-parallel-size, for a machine of one): closed loops of
-        64 and 256 callers and arrivals at 70 % of what the engine alone carries, through gRPC from client processes, beside the
-        engine alone: under the same load, and with each request arriving when it did at the edge
+load:   Llama 3 8B's shape with random weights on a group of --tensor-parallel-size GPUs: closed loops of 64 and 256 callers and
+        arrivals at 70 % of what the engine alone carries, through gRPC from client processes, beside the engine alone: under the
+        same load, and with each request arriving when it did at the edge
 
 `--device cpu --model-config DIR` tries it out where there is no GPU.
 """
@@ -113,7 +113,11 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
         # As users run it: what the tests compare after every step (checks_ranks) waits for the step's end.
         environ = {"QUIRE_CHECKS_RANKS": "false"}
         with ServeProcess(Path(folder), str(model), *shape, "--gateways", str(NUM_GATEWAYS), environ=environ) as serve:
-            result = {"engine_startup_s": engine["startup_s"], **through_the_edge(serve, rows)}
+            result = {
+                "tensor_parallel_size": arguments.tensor_parallel_size,
+                "engine_startup_s": engine["startup_s"],
+                **through_the_edge(serve, rows),
+            }
         print("load", json.dumps({**result, "rows": [{**row, "arrivals": None} for row in result["rows"]]}), flush=True)
         arguments.out.write_text(json.dumps({"load": result}, indent=1))
         arrivals = Path(folder) / "arrivals.json"
