@@ -167,7 +167,7 @@ def _rotary_store_kernel(
     position = tl.load(positions + token, mask=is_token, other=0).to(tl.int64)
 
     _rotate(
-        output + query_token * output_token_stride + query_head * output_head_stride, is_query, None, is_query,
+        output + query_token * output_token_stride + query_head * output_head_stride, is_query, None,
         query_source, is_query, query_first, query_second, query_norm, cos_sin + query_position * ROTARY_DIM, eps,
         HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def _rotary_store_kernel(
     target = kv_cache + slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * HEAD_DIM
     also = None if key_output is None else key_output + token * key_output_token_stride + kv_head * key_output_head_stride
     _rotate(
-        target, has_slot, also, is_token,
+        target, has_slot, also,
         key_source, is_token, key_first, key_second, key_norm, cos_sin + position * ROTARY_DIM, eps,
         HEAD_DIM, ROTARY_DIM, PADDED_HALF, PADDED_REST,
     )  # fmt: skip
@@ -206,9 +206,8 @@ def _load_halves(
 @triton.jit
 def _rotate(
     target: tl.tensor,  # [rows] pointers
-    is_target: tl.tensor,  # [rows]
-    also: tl.tensor,  # None, or [rows] pointers: where the result goes as well
-    is_also: tl.tensor,  # [rows]
+    is_target: tl.tensor,  # [rows]; of is_row those that have a target
+    also: tl.tensor,  # None, or [rows] pointers: where the result of every row goes as well
     source: tl.tensor,  # [rows] pointers to all dims; what is not rotated is read here
     is_row: tl.tensor,  # [rows]
     first: tl.tensor,  # [rows, PADDED_HALF]
@@ -245,9 +244,9 @@ def _rotate(
     if PADDED_REST > 0:
         tl.store(target[:, None] + rest, others.to(dtype), mask=is_target[:, None] & is_rest)
     if also is not None:
-        _store_halves(also, is_also, turned, other_turned, ROTARY_DIM, PADDED_HALF)
+        _store_halves(also, is_row, turned, other_turned, ROTARY_DIM, PADDED_HALF)
         if PADDED_REST > 0:
-            tl.store(also[:, None] + rest, others.to(dtype), mask=is_also[:, None] & is_rest)
+            tl.store(also[:, None] + rest, others.to(dtype), mask=is_row[:, None] & is_rest)
 
 
 @triton.jit

@@ -3,14 +3,14 @@
 #
 #   PYTHONPATH=src:tests/support:SITE bash tools/gpu/everything.sh OUT PART...
 #
-# Parts, in this order on a fresh machine (seconds on H200s). One GPU: start (60), small (80), large (200), swap (300), tests (250), edge (200).
-# Two GPUs: load (200), rows2 (230), tests2 (340). `beside` runs two parts of one GPU at once where there are two: beside large swap.
+# Parts, in this order on a fresh machine (seconds on H200s). One GPU: start (60), small (150), large (180), swap (275), tests (190), kernels (90),
+# edge (200). Two GPUs: load (200), rows2 (230), tests2 (340). `beside` runs two parts of one GPU at once where there are two: beside large swap.
 # SITE holds what such a machine lacks: Ray, pyzmq, msgspec, gRPC's add-ons.
 set -u
 
 OUT=$1
 shift
-PARTS=" start small large swap tests edge load rows2 tests2 beside "
+PARTS=" start small large swap tests kernels edge load rows2 tests2 beside "
 for part in "$@"; do
     if [[ $PARTS != *" $part "* ]]; then
         echo "there is no part $part; there are$PARTS" >&2
@@ -73,9 +73,14 @@ tests() {
         $PYTEST tests/kernels -m kernel >"$OUT/memcheck.txt" 2>&1
     mark "memcheck $?"
     tail -2 "$OUT/memcheck.txt"
+}
+
+kernels() {
     here 120 $QUIRE bench kernels >"$OUT/kernels.txt" 2>&1
     mark "kernels $?"
-    grep paged "$OUT/kernels.txt"
+    grep "paged\|rotary" "$OUT/kernels.txt"
+    here 120 python3 -P tools/gpu/kernels.py --out "$OUT/layout.json" --only layout 2>&1 | tail -20
+    here 60 python3 -P tools/gpu/dense_attention.py --out "$OUT/dense_attention.json"
 }
 
 edge() { edge_of 1; }
