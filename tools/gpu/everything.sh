@@ -5,8 +5,9 @@
 #
 # Parts, in this order on a fresh machine (seconds on H200s). One GPU: start (60), small (150), large (180), swap (275), tests (190), kernels (90),
 # edge (200). Two GPUs: load (200), rows2 (230), tests2 (340). `beside` runs two parts of one GPU at once where there are two: beside large swap.
-# SITE holds what such a machine lacks: Ray, pyzmq, msgspec, gRPC's add-ons.
-set -u
+# SITE holds what such a machine lacks: Ray, pyzmq, msgspec, gRPC's add-ons. A command that fails does not end the run; it is named, and the
+# exit code is 1.
+set -uo pipefail
 
 OUT=$1
 shift
@@ -28,7 +29,11 @@ QUIRE="python3 -P -m quire.cli.main"
 export PYTHONUNBUFFERED=1 RAY_AUTH_MODE=disabled
 
 mark() { echo "=== $(date +%T) $*"; }
-here() { CUDA_VISIBLE_DEVICES=$GPU taskset -c "$((GPU * SHARE))-$((GPU * SHARE + SHARE - 1))" timeout "$@"; }
+rm -f "$OUT/failed"
+failed() { echo "$*" >>"$OUT/failed"; } # parts run in subshells
+# SECONDS COMMAND...: on all GPUs, or on the part's own with its share of the cores.
+everywhere() { timeout "$@" || failed "$@"; }
+here() { CUDA_VISIBLE_DEVICES=$GPU taskset -c "$((GPU * SHARE))-$((GPU * SHARE + SHARE - 1))" timeout "$@" || failed "$@"; }
 engine() { echo "$QUIRE bench engine --dummy-weights --device cuda --max-model-len 16384 $*"; }
 
 # Without the project's own settings, which name plugins that such a machine may lack.
@@ -47,7 +52,7 @@ beside() {
     wait
 }
 
-start() { timeout 120 python3 -P tools/gpu/start.py --out "$OUT/start.json" --turns 3; }
+start() { everywhere 120 python3 -P tools/gpu/start.py --out "$OUT/start.json" --turns 3; }
 
 # A model whose steps take a millisecond of the host: nothing else may run beside it.
 small() {
@@ -67,40 +72,38 @@ swap() {
 
 tests() {
     here 500 python3 -P tools/gpu/correctness.py --out "$OUT/correctness.json" >"$OUT/correctness.txt" 2>&1
-    mark "correctness $?"
     tail -c 1500 "$OUT/correctness.txt"
-    here 150 compute-sanitizer --tool memcheck --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    here 150 compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         $PYTEST tests/kernels -m kernel >"$OUT/memcheck.txt" 2>&1
-    mark "memcheck $?"
     tail -2 "$OUT/memcheck.txt"
 }
 
 kernels() {
     here 120 $QUIRE bench kernels >"$OUT/kernels.txt" 2>&1
-    mark "kernels $?"
     grep "paged\|rotary" "$OUT/kernels.txt"
-    here 120 python3 -P tools/gpu/kernels.py --out "$OUT/layout.json" --only layout 2>&1 | tail -20
+    here 120 python3 tools/gpu/kernels.py --out "$OUT/layout.json" --only layout 2>&1 | tail -20
     here 60 python3 -P tools/gpu/dense_attention.py --out "$OUT/dense_attention.json"
 }
 
 edge() { edge_of 1; }
 load() { edge_of 2; }
 edge_of() {
-    timeout 400 python3 -P tools/gpu/two_gpus.py --out "$OUT/load$1.json" --parts load --tensor-parallel-size "$1" \
-        --load-cases 64x128x256,256x128x256,256x128x256,256x128x256 >"$OUT/load$1.txt" 2>&1 || tail -c 2000 "$OUT/load$1.txt"
+    everywhere 400 python3 -P tools/gpu/two_gpus.py --out "$OUT/load$1.json" --parts load --tensor-parallel-size "$1" \
+        --load-cases 64x128x256,256x128x256,256x128x256,256x128x256 >"$OUT/load$1.txt" 2>&1
+    tail -c 500 "$OUT/load$1.txt"
 }
 
 rows2() {
-    timeout 140 $(engine --model-config llama-8b --tensor-parallel-size 2 --workload decode,prefill,mixed256,ttft) --json \
+    everywhere 140 $(engine --model-config llama-8b --tensor-parallel-size 2 --workload decode,prefill,mixed256,ttft) --json \
         2>&1 >"$OUT/tp2_8b.json" | tail -14
-    timeout 200 $(engine --model-config llama-70b --tensor-parallel-size 2 --max-sequences 128 --workload decode) \
+    everywhere 200 $(engine --model-config llama-70b --tensor-parallel-size 2 --max-sequences 128 --workload decode) \
         --decode-cases 1x128,1x4096,32x1024,128x1024 --json 2>&1 >"$OUT/tp2_70b.json" | tail -6
 }
 
 tests2() {
-    timeout 250 $PYTEST tests/worker/test_tensor_parallel_cuda.py -m gpu 2>&1 | tail -30
-    timeout 200 python3 -P tools/gpu/two_gpus.py --out "$OUT/split.json" --parts groups,split 2>&1 | tail -c 900
-    timeout 60 python3 -P tools/gpu/all_reduce.py --out "$OUT/all_reduce.json" >"$OUT/all_reduce.txt" 2>&1
+    everywhere 250 $PYTEST tests/worker/test_tensor_parallel_cuda.py -m gpu 2>&1 | tail -30
+    everywhere 200 python3 -P tools/gpu/two_gpus.py --out "$OUT/split.json" --parts groups,split 2>&1 | tail -c 900
+    everywhere 60 python3 -P tools/gpu/all_reduce.py --out "$OUT/all_reduce.json" >"$OUT/all_reduce.txt" 2>&1
     head -10 "$OUT/all_reduce.txt"
 }
 
@@ -121,3 +124,7 @@ for folder in logs gaps; do
     fi
 done
 mark end
+if [ -e "$OUT/failed" ]; then
+    echo "failed:" && cat "$OUT/failed"
+    exit 1
+fi
