@@ -16,10 +16,10 @@ from quire.worker.peer_memory import PeerMemory
 # Where partial sums lie: those of the embedding, of attention and of the MLP, so that none is written while it may be read.
 NUM_AREAS: Final = 3
 # Measured by tools/gpu/all_reduce.py on two NVIDIA H200, 2026-11-30; docs/kernel_notes.md has the rows. Two ranks need neither NCCL, of
-# whose time one shot takes 0.33-0.92 from 4 KiB to 64 MiB, nor two shots, which read as much as one. Of more ranks each would read all
+# whose time one shot takes 0.33-0.93 from 4 KiB to 64 MiB, nor two shots, which read as much as one. Of more ranks each would read all
 # others' numbers in one shot; two shots read less, and meet a second time, which takes as long as reading so many bytes.
 _SECOND_MEETING_BYTES: Final = 2**20
-# For more ranks than two: two shots take 0.83 of NCCL's time there, and as long at 64 MiB. Gathering was measured up to 1 MiB (0.37).
+# For more ranks than two: two shots take 0.78 of NCCL's time there, and 0.97 at 64 MiB. Gathering was measured up to 1 MiB (0.35).
 _MAX_SUM_BYTES_OF_MANY: Final = 2**24
 _MAX_GATHERED_BYTES_OF_MANY: Final = 2**22
 _ALIGNMENT: Final = 512

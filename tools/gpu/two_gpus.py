@@ -3,7 +3,7 @@
     python -P tools/gpu/two_gpus.py --out two_gpus.json [--parts groups,split,load] [--device cuda]
 
 groups: two groups of one GPU; the built-in model in float32, 64 streams; a rank is killed under them, and each stream must end with
-        the tokens of a run in which nothing happens
+        the tokens of a run in which nothing happens (or the exit code is 1)
 split:  the same with one group of two GPUs, whose tokens must be those of one GPU
 load:   Llama 3 8B's shape with random weights on a group of --tensor-parallel-size GPUs: closed loops of 64 and 256 callers and
         arrivals at 70 % of what the engine alone carries, through gRPC from client processes, beside the engine alone: under the
@@ -53,6 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "device": arguments.device}
     expected: list[list[int]] | None = None
+    all_right = True
     for part in arguments.parts.split(","):
         started_s = time.monotonic()
         if part == "load":
@@ -60,9 +61,11 @@ def main() -> None:
         else:
             flags = ("--groups", "2") if part == "groups" else ("--tensor-parallel-size", "2")
             report[part], expected = survive(arguments, flags, expected)
+            all_right &= all(report[part][name] in (None, NUM_STREAMS) for name in ("exact", "as_other_group"))
         report[part]["took_s"] = time.monotonic() - started_s
         print(part, json.dumps(report[part]), flush=True)
         arguments.out.write_text(json.dumps(report, indent=1))
+    sys.exit(not all_right)
 
 
 def survive(
