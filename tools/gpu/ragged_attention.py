@@ -152,7 +152,11 @@ class RaggedPlan:
         self._workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device="cuda")
 
     def call(self, parts: tuple[Tensor, ...], lengths: list[int]) -> Callable[[], None]:
-        """A launch on the current stream."""
+        """A launch on the current stream, into `output`.
+
+        parts:   queries, keys and values, [MAX_TOKENS, heads, HEAD_DIM] each: views of one product, prompt behind prompt
+        lengths: of the prompts, in tokens; at most `batch`
+        """
         counts = torch.tensor([*lengths, *[0] * (self.batch - len(lengths))])
         starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
         numbers = (counts, *(width * starts for width in self._widths))
